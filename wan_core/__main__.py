@@ -1,0 +1,143 @@
+"""The shell: `python -m wan_core generate "..." --out clip.mp4` and `python -m wan_core inspect FILE`."""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .dit import BACKENDS
+from .memory import OneAtATime
+from .models import NANO, Model, load_experts, load_model, load_text_encoder, load_vae
+from .pipeline import generate
+from .presets import PRESETS
+from .sampling import SOLVERS, Step
+from .vae import Tiling
+from .video import check_video_path
+from .weights import describe, format_report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status. What the user can mend is one line on stderr and status 2."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m wan_core", description="Wan video models from the shell.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    make = commands.add_parser("generate", help="make a video of a prompt",
+                               description="Make a video. Without model files the bundled nano models are used; "
+                                           "what is not given is the preset's default.")
+    make.set_defaults(run=_generate)
+    make.add_argument("prompt")
+    make.add_argument("--out", type=Path, default=Path("video.mp4"), help="MP4 file to write (default: %(default)s)")
+    files = make.add_argument_group("models")
+    files.add_argument("--model", help="transformer file, or 'nano' (default)")
+    files.add_argument("--high", help="high-noise expert, with --low: a file, or 'nano'")
+    files.add_argument("--low", help="low-noise expert")
+    files.add_argument("--vae", default=NANO, help="VAE file (default: %(default)s)")
+    files.add_argument("--text-encoder", default=NANO, help="UMT5 file (default: %(default)s)")
+    files.add_argument("--tokenizer", help="SentencePiece file, if the text encoder's file holds none")
+    files.add_argument("--preset", choices=list(PRESETS), metavar="NAME",
+                       help="which preset, where several share the file's architecture")
+    video = make.add_argument_group("video")
+    video.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT")
+    video.add_argument("--frames", type=int, help="4n + 1")
+    video.add_argument("--fps", type=float)
+    video.add_argument("--seed", type=int, default=0)
+    sampling = make.add_argument_group("sampling")
+    sampling.add_argument("--negative", help="negative prompt")
+    sampling.add_argument("--steps", type=int)
+    sampling.add_argument("--solver", choices=list(SOLVERS))
+    sampling.add_argument("--shift", type=float)
+    sampling.add_argument("--guidance", type=_guidance, metavar="SCALE[,LOW]",
+                          help="guidance scale; two for experts: high-noise, low-noise")
+    machine = make.add_argument_group("machine")
+    machine.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the accelerator, if there is one)")
+    machine.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    machine.add_argument("--attention", default="sdpa", choices=list(BACKENDS))
+    machine.add_argument("--tile", type=int, metavar="PIXELS", help="decode in tiles of this size, to save memory")
+    inspect = commands.add_parser("inspect", help="say what a model file is")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("file", type=Path)
+    return parser
+
+
+def _generate(options: argparse.Namespace) -> None:
+    check_video_path(options.out)
+    placement = OneAtATime(options.device)
+    model = _load_transformer(options, placement)
+    tiling = Tiling(options.tile, options.tile, options.tile // 4) if options.tile else None
+    vae = load_vae(options.vae, placement=placement, dtype=options.dtype, tiling=tiling)
+    text_encoder = load_text_encoder(options.text_encoder, tokenizer=options.tokenizer, placement=placement)
+    width, height = options.size or (None, None)
+    bar: tqdm | None = None
+
+    def on_step(step: Step) -> None:
+        nonlocal bar
+        bar = bar or tqdm(total=step.total, unit="step", initial=0)
+        bar.set_postfix_str(f"sigma {step.sigma:.3f}" + (f", {step.expert}-noise expert" if model.boundary else ""))
+        bar.update()
+
+    try:
+        video = generate(options.prompt, model=model, vae=vae, text_encoder=text_encoder, width=width, height=height,
+                         negative_prompt=options.negative, frames=options.frames, steps=options.steps,
+                         seed=options.seed, solver=options.solver, shift=options.shift, guidance=options.guidance,
+                         fps=options.fps, on_step=on_step)
+    finally:
+        if bar:
+            bar.close()
+    video.save(options.out)
+    frames, height, width, _ = video.frames.shape
+    print(f"{options.out}: {frames} frames of {width}x{height} at {video.fps:g} fps, {model.preset.title}, "
+          f"{video.settings['seconds']} s")
+
+
+def _load_transformer(options: argparse.Namespace, placement: OneAtATime) -> Model:
+    common = {"preset": options.preset, "placement": placement, "dtype": options.dtype, "attention": options.attention}
+    if options.high is None and options.low is None:
+        return load_model(options.model or NANO, **common)
+    if options.model is not None:
+        raise ValueError("--model is a single model, --high and --low a pair of experts; give one or the other.")
+    if options.high is None or options.low is None:
+        missing = "--high" if options.high is None else "--low"
+        raise ValueError(f"an expert pair needs both files, and {missing} is missing.")
+    return load_experts(options.high, options.low, **common)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    print(format_report(describe(options.file)))
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)[x*](\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write WIDTHxHEIGHT, for example 832x480")
+    return int(match[1]), int(match[2])
+
+
+def _guidance(text: str) -> tuple[float, float]:
+    try:
+        scales = [float(part) for part in text.split(",")]
+    except ValueError:
+        scales = []
+    if len(scales) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a guidance scale; write 5, or 4,3 for high and low noise")
+    return scales[0], scales[-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+"""The Wan diffusion transformer: released parameter names, one attention function, rotary tables."""
+
+from .attention import BACKENDS, attention
+from .model import TextTokens, WanTransformer
+
+__all__ = ["BACKENDS", "TextTokens", "WanTransformer", "attention"]

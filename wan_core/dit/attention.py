@@ -1,0 +1,51 @@
+"""The one attention function of the engine, with selectable backends.
+
+All attention of the transformer goes through `attention`, so that a faster kernel is one more entry in `BACKENDS` and
+nothing else. The `sdpa` backends are PyTorch's `scaled_dot_product_attention`: plain, or held to one of its kernels.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, backend: str = "sdpa") -> Tensor:
+    """softmax(q k^T / sqrt(head_dim) + bias) v.
+
+    q [B, Lq, heads, head_dim], k and v [B, Lk, heads, head_dim], bias [Lk] (added to the logits of each key) ->
+    [B, Lq, heads * head_dim]. Raises ValueError for an unknown `backend`.
+    """
+    check_backend(backend)
+    mask = None if bias is None else bias.to(q.dtype).expand(1, 1, q.shape[1], -1)
+    out = BACKENDS[backend](q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+    return out.transpose(1, 2).flatten(2)
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless `backend` is known."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _sdpa_with(kernel: SDPBackend) -> Backend:
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        with sdpa_kernel(kernel):
+            return _sdpa(q, k, v, mask)
+    return run
+
+
+BACKENDS: dict[str, Backend] = {
+    "sdpa": _sdpa,
+    "sdpa-flash": _sdpa_with(SDPBackend.FLASH_ATTENTION),
+    "sdpa-efficient": _sdpa_with(SDPBackend.EFFICIENT_ATTENTION),
+    "sdpa-cudnn": _sdpa_with(SDPBackend.CUDNN_ATTENTION),
+    "sdpa-math": _sdpa_with(SDPBackend.MATH),
+}

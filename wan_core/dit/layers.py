@@ -1,0 +1,119 @@
+"""Layers of the Wan transformer that keep to float32 where the official code does, whatever the weights' dtype.
+
+The residual stream, norms, modulation, time path and head are float32 islands; matrix products and attention run in
+the dtype of the weights (Wan2.1 `wan/modules/model.py`, the autocast regions).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import attention
+from .rope import rotate
+
+
+# What PyTorch's own compiler calls for a linear layer and its activation; absent in builds without oneDNN.
+_FUSED_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer computed in float32, whatever its weights are stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(x.float(), self.weight.float(), bias)
+
+
+class Linear(nn.Linear):
+    """A linear layer computed in the dtype of its weights, if wanted with a GELU (tanh form) behind it.
+
+    On a CPU in bfloat16 bias and GELU are fused into oneDNN's matrix product, which spares two passes.
+    """
+
+    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        x = x.to(self.weight.dtype)
+        fusible = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+        if fusible and _FUSED_LINEAR:
+            return _FUSED_LINEAR(x, self.weight, self.bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
+        y = F.linear(x, self.weight, self.bias)
+        return F.gelu(y, approximate="tanh") if gelu else y
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension D of x [B, L, D], in float32.
+
+    `parts` gives the two factors apart, x * weight [B, L, D] and the scale of each row [B, L, 1]: whoever multiplies
+    the result by something of its own anyway can save a pass over x.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return x * self.weight.float(), torch.rsqrt(norm.square() / x.shape[-1] + self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with weights of its own, in float32 in and out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """layer_norm(x) * (1 + scale) + shift for x [B, L, D] and shift, scale [B, 1, D]; float32.
+
+    For a single sample the modulation is the norm's own affine map, so one fused pass does all of it.
+    """
+    if x.shape[0] == 1:
+        return F.layer_norm(x, x.shape[-1:], 1 + scale.flatten(), shift.flatten(), eps)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+def add_residual(x: Tensor, update: Tensor, gate: Tensor | None = None) -> Tensor:
+    """x + gate * update in float32; in place unless gradients are recorded."""
+    if torch.is_grad_enabled():
+        return x + (update if gate is None else update * gate)
+    return x.add_(update) if gate is None else x.addcmul_(update.to(x.dtype), gate)
+
+
+class SelfAttention(nn.Module):
+    """Attention of all video tokens to each other, with RMS-normalised, rotated queries and keys."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = Linear(dim, dim)
+        self.k = Linear(dim, dim)
+        self.v = Linear(dim, dim)
+        self.o = Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+
+    def forward(self, x: Tensor, rope: Tensor, backend: str) -> Tensor:
+        """x [B, L, D] in the weights' dtype, rope [L, 1, head_dim / 2] -> [B, L, D]."""
+        q = self._rotated(*self.norm_q.parts(self.q(x)), rope).to(x.dtype)
+        k = self._rotated(*self.norm_k.parts(self.k(x)), rope).to(x.dtype)
+        return self.o(attention(q, k, self._heads(self.v(x)), backend=backend))
+
+    def _rotated(self, x: Tensor, scale: Tensor, rope: Tensor) -> Tensor:
+        return rotate(self._heads(x), rope * scale.unsqueeze(-1))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+
+class CrossAttention(SelfAttention):
+    """Attention of the video tokens to the text tokens; no rotation."""
+
+    def forward(self, x: Tensor, text: Tensor, text_bias: Tensor | None, backend: str) -> Tensor:
+        """x [B, L, D], text [B, N, D], text_bias [N] or None -> [B, L, D]."""
+        q = self._scaled(*self.norm_q.parts(self.q(x))).to(x.dtype)
+        k = self._scaled(*self.norm_k.parts(self.k(text))).to(x.dtype)
+        return self.o(attention(q, k, self._heads(self.v(text)), bias=text_bias, backend=backend))
+
+    def _scaled(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self._heads(x * scale if torch.is_grad_enabled() else x.mul_(scale))

@@ -1,0 +1,226 @@
+"""Models as values: small handles that say where the weights are and how to run them.
+
+A handle is immutable and cheap. Making one reads a file's header and no weights; they are read when the model first
+runs, by the handle's placement. Changed copies (`dataclasses.replace`) share the files and the placement.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import nano
+from .dit import WanTransformer
+from .memory import OneAtATime, Placement, working_dtype
+from .presets import PRESETS, VAES, Preset, TextEncoderSpec, TransformerSpec, VAESpec
+from .text import Tokenizer, UMT5Encoder, encode_prompts
+from .vae import LatentStats, Tiling, WanVAE
+from .weights import LoadError, TensorFile, build_module, load_module, open_model
+
+NANO = "nano"
+
+# Tensors that stay in the dtype of the file: they are small, and computed in float32 whatever the rest runs in.
+_FLOAT32_ISLANDS = ("time_embedding.", "time_projection.", "head.", "norm", "modulation")
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One checkpoint: the opened file and the architecture it holds."""
+
+    file: TensorFile
+    spec: TransformerSpec | VAESpec | TextEncoderSpec
+    names: tuple[str, ...]
+
+    @classmethod
+    def open(cls, path: str | Path, kind: str) -> "Part":
+        """Open a 'transformer', 'vae' or 'text_encoder'. Raises LoadError for anything else; reads no weights."""
+        file, recognition = open_model(path, kind)
+        return cls(file, recognition.spec, recognition.names)
+
+    @property
+    def label(self) -> str:
+        return self.file.path.name
+
+    @property
+    def fits(self) -> str:
+        """The presets or table entries of this architecture, as words."""
+        return ", ".join(self.names) or "no released model"
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype that most weights of the file have."""
+        dtypes = list(self.file.dtypes().values())
+        return max(set(dtypes), key=dtypes.count)
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The module on `device`, computing in `dtype`, its weights read from the file."""
+        def dtype_for(name: str, stored: torch.dtype) -> torch.dtype:
+            island = isinstance(self.spec, TransformerSpec) and any(part in name for part in _FLOAT32_ISLANDS)
+            return stored if island and stored.is_floating_point else dtype
+
+        return load_module(build_module(self.spec), self.file, dtype_for=dtype_for, device=device).eval()
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A transformer, or a high- and a low-noise expert, with its preset and how to run it."""
+
+    high: Part
+    low: Part
+    preset: Preset
+    placement: Placement
+    dtype: str = "auto"
+    attention: str = "sdpa"
+
+    @property
+    def boundary(self) -> float | None:
+        """The sigma at or above which the high-noise expert works; None for a single model."""
+        return self.preset.sampling.boundary if self.preset.experts else None
+
+    @property
+    def spec(self) -> TransformerSpec:
+        return self.low.spec
+
+    @property
+    def vae_spec(self) -> VAESpec:
+        return VAES[self.preset.vae]
+
+    @property
+    def latent_stats(self) -> LatentStats:
+        return LatentStats.of(self.vae_spec)
+
+    def name_at(self, timestep: float) -> str:
+        """'high' or 'low': which expert works at `timestep` (0..1000). A single model is 'low' throughout."""
+        return "high" if self.boundary is not None and timestep >= self.boundary * 1000 else "low"
+
+    def get(self, name: str) -> WanTransformer:
+        """The expert, ready to run on the placement's device."""
+        part = self.high if name == "high" else self.low
+        return self.placement.place(part, working_dtype(self.dtype, part.stored_dtype, self.placement.device))
+
+    def check_latents(self, latents: Tensor) -> None:
+        """Raise ValueError unless `latents` [B, C, T, H, W] fit this model, before anything is loaded."""
+        channels = self.vae_spec.z_dim
+        if latents.ndim != 5 or latents.shape[1] != channels:
+            raise ValueError(f"latents have shape {list(latents.shape)}; {self.preset.title} takes "
+                             f"[batch, {channels}, frames, height, width]. Use latents of the same family.")
+        if latents.shape[3] % 2 or latents.shape[4] % 2:
+            pixels = [size * self.vae_spec.spatial_stride for size in (latents.shape[4], latents.shape[3])]
+            raise ValueError(f"latents stand for {pixels[0]}x{pixels[1]} pixels; width and height must be multiples of "
+                             f"{2 * self.vae_spec.spatial_stride}.")
+
+    def check_context(self, context: Tensor) -> None:
+        """Raise ValueError unless the text embedding [B, L, width] is as wide as this model's text input."""
+        if context.shape[-1] != self.spec.text_dim:
+            raise ValueError(f"the prompt was encoded to a width of {context.shape[-1]}, {self.preset.title} takes "
+                             f"{self.spec.text_dim}. Use the text encoder {self.preset.text_encoder}.")
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """A UMT5 encoder with its tokenizer."""
+
+    part: Part
+    tokenizer: Tokenizer
+    placement: Placement
+
+    def encode(self, prompts: Sequence[str], on_block: Callable[[int], None] | None = None) -> Tensor:
+        """Embeddings [B, 512, dim] float32, zero past each prompt's end, on the placement's device."""
+        return encode_prompts(self.module(), self.tokenizer, prompts, self.part.spec.text_len, on_block=on_block)
+
+    def module(self) -> UMT5Encoder:
+        """The encoder, ready to run. It computes in float32 from weights kept as they are stored."""
+        return self.placement.place(self.part, self.part.stored_dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class VideoVAE:
+    """A video VAE and how to run it."""
+
+    part: Part
+    placement: Placement
+    dtype: str = "auto"
+    tiling: Tiling | None = None
+
+    @property
+    def spec(self) -> VAESpec:
+        return self.part.spec
+
+    def module(self) -> WanVAE:
+        """The VAE, ready to run on the placement's device."""
+        return self.placement.place(self.part, working_dtype(self.dtype, self.part.stored_dtype, self.placement.device))
+
+    def encode(self, video: Tensor, on_piece: Callable[[], None] | None = None) -> Tensor:
+        """Raw latents of video [B, 3, F, H, W] in [-1, 1]; see `WanVAE.encode`."""
+        return self.module().encode(video, tiling=self.tiling, on_piece=on_piece)
+
+    def decode(self, latents: Tensor, out: Tensor | None = None, on_piece: Callable[[], None] | None = None) -> Tensor:
+        """Video [B, 3, F, H, W] in [-1, 1] of raw latents; see `WanVAE.decode`."""
+        return self.module().decode(latents, out=out, tiling=self.tiling, on_piece=on_piece)
+
+
+def load_model(path: str | Path = NANO, *, preset: str | None = None, placement: Placement | None = None,
+               dtype: str = "auto", attention: str = "sdpa") -> Model:
+    """A single transformer from a file, or the bundled one for "nano".
+
+    `preset` picks among the presets that share the file's architecture (T2V-14B or one expert of A14B, say).
+    Raises LoadError if the file is none of them.
+    """
+    part = Part.open(nano.T2V if path == NANO else path, "transformer")
+    chosen = _choose_preset(part, preset, experts=False)
+    return Model(part, part, chosen, placement or OneAtATime(), dtype, attention)
+
+
+def load_experts(high: str | Path = NANO, low: str | Path = NANO, *, preset: str | None = None,
+                 placement: Placement | None = None, dtype: str = "auto", attention: str = "sdpa") -> Model:
+    """A pair of experts from two files, or the bundled pair for "nano". Raises LoadError if they do not match."""
+    first = Part.open(nano.T2V_HIGH if high == NANO else high, "transformer")
+    second = Part.open(nano.T2V_LOW if low == NANO else low, "transformer")
+    if first.spec != second.spec:
+        raise LoadError(f"the experts are of different architectures: {first.label} fits {first.fits}, {second.label} "
+                        f"fits {second.fits}. Choose the high- and the low-noise file of one model.")
+    chosen = _choose_preset(first, preset, experts=True)
+    return Model(first, second, chosen, placement or OneAtATime(), dtype, attention)
+
+
+def load_text_encoder(path: str | Path = NANO, *, tokenizer: str | Path | None = None,
+                      placement: Placement | None = None) -> TextEncoder:
+    """A UMT5 encoder, or the bundled one for "nano".
+
+    The tokenizer is the file's own `spiece_model` tensor unless a SentencePiece file is given. Raises LoadError if
+    there is neither.
+    """
+    part = Part.open(nano.TEXT_ENCODER if path == NANO else path, "text_encoder")
+    if tokenizer is not None:
+        pieces = Tokenizer.from_file(tokenizer)
+    elif "spiece_model" in part.file:
+        pieces = Tokenizer.from_tensor(part.file["spiece_model"])
+    else:
+        raise LoadError(f"{part.label} holds no tokenizer. Give the SentencePiece file of google/umt5-xxl (spiece.model) "
+                        "or use ComfyUI's repackaged umt5_xxl safetensors, which has it inside.")
+    return TextEncoder(part, pieces, placement or OneAtATime())
+
+
+def load_vae(path: str | Path = NANO, *, placement: Placement | None = None, dtype: str = "auto",
+             tiling: Tiling | None = None) -> VideoVAE:
+    """A video VAE, or the bundled one for "nano". Raises LoadError for another file."""
+    part = Part.open(nano.VAE if path == NANO else path, "vae")
+    if tiling:
+        tiling.check(part.spec.spatial_stride)
+    return VideoVAE(part, placement or OneAtATime(), dtype, tiling)
+
+
+def _choose_preset(part: Part, wanted: str | None, *, experts: bool) -> Preset:
+    fitting = [name for name in part.names if PRESETS[name].experts == experts]
+    kind = "pair of experts" if experts else "single model"
+    if wanted is not None:
+        if wanted not in PRESETS:
+            raise ValueError(f"unknown preset {wanted!r}; known are {', '.join(PRESETS)}.")
+        if wanted not in fitting:
+            raise LoadError(f"{part.label} is no {kind} of preset {wanted}; it fits {', '.join(fitting) or 'none'}.")
+        return PRESETS[wanted]
+    if not fitting:
+        raise LoadError(f"{part.label} fits {part.fits}; there is no {kind} of that architecture.")
+    return PRESETS[fitting[0]]

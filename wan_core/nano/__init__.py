@@ -1,0 +1,18 @@
+"""The nano family: tiny, really trained Wan models that ship with the pack.
+
+They have the architecture, tensor names and file format of the released models, so everything that runs those runs
+these, anywhere, in seconds. What they were trained on: `wan_core/training/shapes.py`; how, and what they reached: the
+README.md of this folder.
+"""
+
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+
+VAE = _FOLDER / "wan_nano_vae.safetensors"
+TEXT_ENCODER = _FOLDER / "wan_nano_umt5.safetensors"
+T2V = _FOLDER / "wan_nano_t2v.safetensors"
+T2V_HIGH = _FOLDER / "wan_nano_t2v_high_noise.safetensors"
+T2V_LOW = _FOLDER / "wan_nano_t2v_low_noise.safetensors"
+
+TRANSFORMERS = (T2V, T2V_HIGH, T2V_LOW)

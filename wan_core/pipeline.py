@@ -1,0 +1,151 @@
+"""From a prompt to frames: the engine's parts joined for library and shell users, and the pieces that nodes share."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .conditioning import TextCondition
+from .memory import OneAtATime
+from .models import Model, TextEncoder, VideoVAE, load_model, load_text_encoder, load_vae
+from .presets import VAESpec
+from .sampling import Conditions, Guidance, Schedule, Step, denoise, make_schedule
+from .video import to_uint8, write_video
+
+# A schedule that begins at least this high starts from pure noise, as the official code does (UniPC's is 0.999).
+PURE_NOISE_SIGMA = 0.999
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a video, beside the models: recorded in its file. Sizes in pixels; see `Sampling` for the rest."""
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    frames: int
+    steps: int
+    seed: int
+    solver: str
+    shift: float
+    guidance: tuple[float, float]
+    fps: float
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """`frames` [F, H, W, 3] uint8, and what made them."""
+
+    frames: Tensor
+    fps: float
+    settings: dict[str, object]
+
+    def save(self, path: str | Path) -> None:
+        """Write an MP4 file with the settings in its metadata (see `write_video`)."""
+        write_video(path, [self.frames], self.fps, self.settings)
+
+
+def latent_shape(spec: VAESpec, width: int, height: int, frames: int, batch: int = 1) -> tuple[int, ...]:
+    """[batch, C, T, H, W] of a video's latents. Raises ValueError for sizes off the grid and names the nearest."""
+    grid = spec.spatial_stride * 2  # the transformer's patches are two latents wide
+    for name, value in (("width", width), ("height", height)):
+        if value < grid or value % grid:
+            raise ValueError(f"{name} is {value} pixels; it must be a multiple of {grid}. "
+                             f"Use {max(grid, round(value / grid) * grid)}.")
+    step = spec.temporal_stride
+    if frames < 1 or (frames - 1) % step:
+        nearest = max(0, round((frames - 1) / step)) * step + 1
+        raise ValueError(f"frames is {frames}; it must be {step}n + 1. Use {nearest}.")
+    return batch, spec.z_dim, 1 + (frames - 1) // step, height // spec.spatial_stride, width // spec.spatial_stride
+
+
+def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Standard normal float32 noise on the CPU, so that a seed gives the same video on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(model: Model, latents: Tensor, schedule: Schedule, conditions: Conditions, guidance: Guidance, *,
+           noise: Tensor | None = None, solver: str = "unipc", on_step: Callable[[Step], None] | None = None,
+           on_block: Callable[[int], None] | None = None) -> Tensor:
+    """Denoise raw `latents` [B, C, T, H, W] (zeros for an empty clip) with `model`; returns raw latents on the host.
+
+    `noise`, of the same shape, is mixed in at the schedule's first level; None leaves the latents as they are, for a
+    run that goes on from another. Raises ValueError, before weights are loaded, for what does not fit the model.
+    """
+    model.check_latents(latents)
+    for condition in (*conditions.positive, *conditions.negative):
+        model.check_context(condition.context)
+    stats, device = model.latent_stats, model.placement.device
+    empty = not latents.count_nonzero()
+    start = torch.zeros_like(latents) if empty else stats.normalise(latents.float().cpu())
+    if noise is not None:
+        if noise.shape != latents.shape:
+            raise ValueError(f"noise has shape {list(noise.shape)}, the latents {list(latents.shape)}; "
+                             "they must be equal.")
+        sigma = float(schedule.sigmas[0])
+        start = noise if sigma >= PURE_NOISE_SIGMA else (1 - sigma) * start + sigma * noise
+    result = denoise(model, start.to(device), schedule, conditions, guidance, solver=solver, backend=model.attention,
+                     on_step=on_step, on_block=on_block)
+    return stats.restore(result.cpu())
+
+
+def generate(prompt: str, *, model: Model | None = None, vae: VideoVAE | None = None,
+             text_encoder: TextEncoder | None = None, negative_prompt: str | None = None, width: int | None = None,
+             height: int | None = None, frames: int | None = None, steps: int | None = None, seed: int = 0,
+             solver: str | None = None, shift: float | None = None, guidance: float | tuple[float, float] | None = None,
+             fps: float | None = None, on_step: Callable[[Step], None] | None = None,
+             on_block: Callable[[int], None] | None = None) -> Video:
+    """Make a video of `prompt`.
+
+    Parts that are not given are the bundled nano models; settings that are not given are the preset's. `guidance` is
+    one scale or (high-noise, low-noise). Raises ValueError, before anything is loaded, for an empty prompt, sizes off
+    the grid, or parts that do not fit together.
+    """
+    shared = OneAtATime()
+    model = model or load_model(placement=shared)
+    vae, text_encoder = vae or load_vae(placement=shared), text_encoder or load_text_encoder(placement=shared)
+    settings = resolve_settings(model, prompt, negative_prompt=negative_prompt, width=width, height=height,
+                                frames=frames, steps=steps, seed=seed, solver=solver, shift=shift, guidance=guidance,
+                                fps=fps)
+    check_fit(model, vae, text_encoder)
+    shape = latent_shape(model.vae_spec, settings.width, settings.height, settings.frames)
+    schedule = make_schedule(settings.solver, settings.steps, settings.shift)
+    scales = Guidance(*settings.guidance)
+    noise = initial_noise(shape, settings.seed)
+    started = time.perf_counter()
+    contexts = text_encoder.encode([settings.prompt, settings.negative_prompt], on_block)
+    conditions = Conditions([TextCondition(contexts[:1])], [TextCondition(contexts[1:])])
+    latents = sample(model, torch.zeros(shape), schedule, conditions, scales, noise=noise, solver=settings.solver,
+                     on_step=on_step, on_block=on_block)
+    pixels = vae.decode(latents)[0]
+    record = {**asdict(settings), "model": model.preset.name, "seconds": round(time.perf_counter() - started, 1)}
+    return Video(to_uint8(pixels.movedim(0, -1)), settings.fps, record)
+
+
+def resolve_settings(model: Model, prompt: str, *, guidance: float | tuple[float, float] | None = None,
+                     **given: object) -> Settings:
+    """Settings with the preset's values for all that is None. Raises ValueError for an empty prompt."""
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; say what the video should show.")
+    defaults = model.preset.sampling
+    if guidance is None:
+        guidance = (defaults.guidance_high, defaults.guidance_low)
+    elif not isinstance(guidance, tuple):
+        guidance = (guidance, guidance)
+    chosen = {name: getattr(defaults, name) if value is None else value for name, value in given.items()}
+    return Settings(prompt=prompt, guidance=guidance, **chosen)
+
+
+def check_fit(model: Model, vae: VideoVAE, text_encoder: TextEncoder) -> None:
+    """Raise ValueError unless VAE and text encoder belong to the model."""
+    # Nano and released VAEs have latents of the same statistics but not of the same meaning, so specs are compared.
+    if vae.spec != model.vae_spec:
+        raise ValueError(f"{vae.part.label} ({', '.join(vae.part.names) or vae.spec.kind}) is not the VAE that "
+                         f"{model.preset.title} was trained with. Use {model.preset.vae}.")
+    if text_encoder.part.spec.dim != model.spec.text_dim:
+        raise ValueError(f"{text_encoder.part.label} gives embeddings of width {text_encoder.part.spec.dim}; "
+                         f"{model.preset.title} takes {model.spec.text_dim}. Use {model.preset.text_encoder}.")

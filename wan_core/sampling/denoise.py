@@ -1,0 +1,94 @@
+"""The denoising loop: one loop for single models and for expert pairs.
+
+At each step the expert is chosen by the timestep (Wan2.2 `wan/text2video.py`: the high-noise expert at or above
+boundary * 1000), its velocity is guided away from the negative prompt, and the solver takes the step. What is shown,
+saved or stopped from outside enters through two callables; the loop knows no host.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..conditioning import TextCondition, active
+from ..dit import TextTokens, WanTransformer
+from .guidance import Guidance, classifier_free_guidance, needs_uncond
+from .schedules import Schedule
+from .solvers import SOLVERS
+
+OnBlock = Callable[[int], None]
+
+
+class Experts(Protocol):
+    """The transformers of a run. `name_at` is 'high' or 'low'; `get` makes that one ready on the run's device."""
+
+    def name_at(self, timestep: float) -> str: ...
+
+    def get(self, name: str) -> WanTransformer: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What `on_step` is told after a step.
+
+    `latents` is the sample after the step and `clean` the model's estimate of the noise-free result, both normalised
+    [B, C, T, H, W] on the run's device; `index` counts from 0.
+    """
+
+    index: int
+    total: int
+    sigma: float
+    expert: str
+    latents: Tensor
+    clean: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """The prompts of a run: what to move towards and, unless all guidance scales are 1, what to move away from."""
+
+    positive: Sequence[TextCondition]
+    negative: Sequence[TextCondition] = ()
+
+
+@torch.no_grad()
+def denoise(experts: Experts, latents: Tensor, schedule: Schedule, conditions: Conditions, guidance: Guidance, *,
+            solver: str = "unipc", backend: str = "sdpa", on_step: Callable[[Step], None] | None = None,
+            on_block: OnBlock | None = None) -> Tensor:
+    """Carry `latents` (normalised, at the schedule's first noise level, on the run's device) to its last.
+
+    Returns float32 latents of the same shape. `on_step` is called after each step, `on_block` before each transformer
+    block; either may raise to stop the run. Raises ValueError for an unknown solver or missing conditions.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}.")
+    names = [experts.name_at(float(timestep)) for timestep in schedule.timesteps]
+    if not conditions.negative and any(needs_uncond(guidance.scale_for(name)) for name in names):
+        raise ValueError("guidance above 1 needs a negative prompt (it may be empty), and none was given.")
+    run, sample = SOLVERS[solver](schedule), latents.float()
+    texts: dict[tuple[str, int], TextTokens] = {}
+    for index, name in enumerate(names):
+        model, sigma = experts.get(name), float(schedule.sigmas[index])
+        timestep = schedule.timesteps[index].to(sample.device).expand(sample.shape[0])
+
+        def velocity_for(branch: Sequence[TextCondition]) -> Tensor:
+            total = 0.0
+            for condition, share in active(branch, sigma):
+                key = (name, id(condition))
+                if key not in texts:
+                    texts[key] = model.prepare_text(condition.context.expand(sample.shape[0], -1, -1))
+                velocity = model(sample, timestep, texts[key], backend=backend, on_block=on_block)
+                total = velocity if share == 1 else total + velocity * share
+            return total
+
+        scale = guidance.scale_for(name)
+        velocity = velocity_for(conditions.positive)
+        if needs_uncond(scale):
+            velocity = classifier_free_guidance(velocity, velocity_for(conditions.negative), scale)
+        clean = sample - sigma * velocity
+        sample = run.step(velocity, index, sample)
+        if on_step:
+            on_step(Step(index, len(names), sigma, name, sample, clean))
+    return sample

@@ -1,0 +1,104 @@
+"""Train and measure the nano family: `python -m wan_core.training vae | t2v | experts | evaluate`.
+
+Each step reads what the one before it wrote into the output folder (the pack's own `wan_core/nano` by default), so the
+whole family is `vae`, then `t2v`, then `experts`. A run that was stopped goes on where it was.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import nano
+from ..memory import OneAtATime
+from ..models import load_experts, load_model, load_text_encoder, load_vae
+from ..presets import PRESETS, TEXT_ENCODERS
+from ..text import Tokenizer
+from ..weights import load_module, save_weights
+from .evaluate import report
+from .nano_t2v import Clips, T2VTraining, TextToVideo, expert_options, train_expert, train_t2v
+from .nano_tokenizer import train_tokenizer
+from .nano_vae import VAETraining, train_vae
+from .shapes import all_prompts
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m wan_core.training", description=__doc__)
+    parser.add_argument("part", choices=("vae", "t2v", "experts", "evaluate"))
+    parser.add_argument("--run", type=Path, default=Path("out/nano"), help="folder for states and logs")
+    parser.add_argument("--steps", type=int, help="training steps (default: those of the shipped models)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(options.threads)
+    {"vae": _vae, "t2v": _t2v, "experts": _experts, "evaluate": _evaluate}[options.part](options)
+
+
+def _vae(options: argparse.Namespace) -> None:
+    training = VAETraining()
+    vae = train_vae(replace(training, steps=options.steps or training.steps), options.run)
+    _save(nano.VAE, vae.state_dict(), "wan_nano_vae")
+    _keep_log(options.run / "vae.csv")
+
+
+def _t2v(options: argparse.Namespace) -> None:
+    pieces = train_tokenizer(all_prompts(), TEXT_ENCODERS["nano_umt5"].vocab_size)
+    training = T2VTraining(steps=options.steps or 8000)
+    clips = Clips(load_vae().module(), Tokenizer.from_bytes(pieces), training, options.run / "latents.pt")
+    model = train_t2v(training, clips, options.run)
+    _save(nano.T2V, model.transformer.state_dict(), "wan_nano_t2v")
+    spiece = torch.frombuffer(bytearray(pieces), dtype=torch.uint8)
+    _save(nano.TEXT_ENCODER, {**model.text_encoder.state_dict(), "spiece_model": spiece}, "wan_nano_umt5")
+    _keep_log(options.run / "t2v.csv")
+
+
+def _experts(options: argparse.Namespace) -> None:
+    boundary = PRESETS["nano_t2v_a"].sampling.boundary
+    text_encoder = load_text_encoder()
+    base = TextToVideo()
+    load = {"transformer": load_model().high.file, "text_encoder": text_encoder.part.file}
+    for name, file in load.items():
+        module = load_module(getattr(base, name), file, dtype_for=lambda _, stored: torch.float32)
+        module.requires_grad_(True)
+    training = T2VTraining(steps=options.steps or 2000, seed=1, muon_lr=5e-4, adam_lr=5e-4)
+    clips = Clips(load_vae().module(), text_encoder.tokenizer, training, options.run / "latents_experts.pt")
+    for path, high in ((nano.T2V_HIGH, True), (nano.T2V_LOW, False)):
+        name = "high_noise" if high else "low_noise"
+        model = train_expert(name, base, expert_options(training, boundary, high=high), clips, options.run)
+        _save(path, model.transformer.state_dict(), f"wan_nano_t2v_{name}")
+        _keep_log(options.run / f"{name}.csv")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    placement = OneAtATime("cpu")
+    figures = report(load_model(placement=placement), load_experts(placement=placement), load_vae(),
+                     load_text_encoder())
+    text = json.dumps(figures, indent=2)
+    (nano.VAE.parent / "figures.json").write_text(text + "\n")
+    log.info("%s", text)
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], title: str) -> None:
+    """Write trained weights in bfloat16, as the released models are; bytes stay bytes."""
+    half = {name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()}
+    save_weights(path, half, {"format": "pt", "title": title})
+    log.info("wrote %s, %.2f MB", path.name, path.stat().st_size / 1e6)
+
+
+def _keep_log(path: Path) -> None:
+    logs = nano.VAE.parent / "logs"
+    logs.mkdir(exist_ok=True)
+    shutil.copyfile(path, logs / path.name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""The Wan 2.1 video VAE: streaming, tiled encode and decode between pixels and 16-channel latents.
+
+4n+1 frames become n+1 latent frames, eight pixels a side become one: the clip's first frame has a latent of its own,
+every later latent frame stands for four. Clips pass through piece by piece with the causal memory of `Stream`; each
+finished piece is written into a host buffer made beforehand, so device memory does not grow with the clip's length.
+Architecture and parameter names: Wan2.1 `wan/modules/vae.py`.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..presets import VAESpec
+from .layers import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, RMSNorm, Stream, Upsample
+from .tiling import Span, Tiling, spans
+
+OnPiece = Callable[[], None]
+
+
+class Encoder(nn.Module):
+    """Pixels [B, 3, T, H, W] -> 2 * z_dim channels of latent mean and log-variance."""
+
+    def __init__(self, spec: VAESpec) -> None:
+        super().__init__()
+        dims = [spec.dim * m for m in (1, *spec.dim_mult)]
+        self.conv1 = CausalConv3d(3, dims[0], 3, padding=1)
+        layers: list[nn.Module] = []
+        for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:])):
+            for _ in range(spec.num_res_blocks):
+                layers.append(ResidualBlock(in_dim, out_dim))
+                in_dim = out_dim
+            if i < len(spec.dim_mult) - 1:
+                layers.append(Downsample(out_dim, temporal=spec.temporal_downsample[i]))
+        self.downsamples = nn.Sequential(*layers)
+        self.middle = _middle(dims[-1])
+        self.head = _head(dims[-1], spec.z_dim * 2)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        return _run(self.head, _through([self.conv1, *self.downsamples, *self.middle], x, stream), stream)
+
+
+class Decoder(nn.Module):
+    """Latents [B, z_dim, T, h, w] -> pixels [B, 3, T', 8h, 8w]."""
+
+    def __init__(self, spec: VAESpec) -> None:
+        super().__init__()
+        multipliers = (spec.dim_mult[-1], *reversed(spec.dim_mult))
+        dims = [spec.decoder_dim * m for m in multipliers]
+        self.conv1 = CausalConv3d(spec.z_dim, dims[0], 3, padding=1)
+        self.middle = _middle(dims[0])
+        layers: list[nn.Module] = []
+        for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:])):
+            if i > 0:
+                in_dim //= 2  # the upsampling before halved the channels
+            for _ in range(spec.num_res_blocks + 1):
+                layers.append(ResidualBlock(in_dim, out_dim))
+                in_dim = out_dim
+            if i < len(spec.dim_mult) - 1:
+                layers.append(Upsample(out_dim, temporal=spec.temporal_downsample[::-1][i]))
+        self.upsamples = nn.Sequential(*layers)
+        self.head = _head(dims[-1], 3)
+
+    def forward(self, z: Tensor, stream: Stream) -> Tensor:
+        return _run(self.head, _through([self.conv1, *self.middle, *self.upsamples], z, stream), stream)
+
+
+class WanVAE(nn.Module):
+    """Encoder and decoder with streaming and tiling.
+
+    Pixels are [B, 3, F, H, W] in [-1, 1], F = 4n + 1, H and W multiples of 8. Latents are [B, z_dim, n + 1, H/8, W/8]
+    as the encoder makes them, not normalised (`LatentStats` does that). Inputs and outputs live on the host or wherever
+    the caller keeps them; pieces are moved to the module's device and dtype.
+    """
+
+    def __init__(self, spec: VAESpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = Encoder(spec)
+        self.conv1 = CausalConv3d(spec.z_dim * 2, spec.z_dim * 2, 1)
+        self.conv2 = CausalConv3d(spec.z_dim, spec.z_dim, 1)
+        self.decoder = Decoder(spec)
+
+    def encode_piece(self, x: Tensor, stream: Stream) -> Tensor:
+        """One piece of pixels to the latent mean; the first piece holds 4n + 1 frames, later ones 4n."""
+        mean = self.conv1(self.encoder(_channels_last(x), stream), stream)[:, :self.spec.z_dim]
+        stream.first = False
+        return mean
+
+    def decode_piece(self, z: Tensor, stream: Stream) -> Tensor:
+        """One piece of raw latents to pixels, not clamped; the first piece gives 4n - 3 frames, later ones 4n."""
+        pixels = self.decoder(self.conv2(_channels_last(z), stream), stream)
+        stream.first = False
+        return pixels
+
+    def encode(self, video: Tensor, *, tiling: Tiling | None = None, on_piece: OnPiece | None = None) -> Tensor:
+        """Latents (float32, on the host) of `video`; `on_piece` is called after each piece and may raise to stop.
+
+        Raises ValueError for sizes off the grid.
+        """
+        batch, _, frames, height, width = self._check_video(video)
+        stride, step = self.spec.spatial_stride, self.spec.temporal_stride
+        rows, columns = self._tiles(height // stride, width // stride, tiling)
+        out = torch.zeros(batch, self.spec.z_dim, 1 + (frames - 1) // step, height // stride, width // stride)
+        for row, column, weight in _grid(rows, columns, 1):
+            stream = Stream()
+            tile = video[..., row.start * stride:row.stop * stride, column.start * stride:column.stop * stride]
+            for index in range(out.shape[2]):
+                start, stop = (0, 1) if index == 0 else (1 + (index - 1) * step, 1 + index * step)
+                piece = self._no_grad(self.encode_piece, tile[:, :, start:stop], stream)
+                _accumulate(out[:, :, index:index + 1], piece, row, column, 1, weight)
+                if on_piece:
+                    on_piece()
+        return out
+
+    def decode(self, latents: Tensor, *, out: Tensor | None = None, tiling: Tiling | None = None,
+               on_frames: Callable[[int, int], None] | None = None, on_piece: OnPiece | None = None) -> Tensor:
+        """Pixels in [-1, 1] of raw `latents`, written into `out` ([B, 3, F, H, W], made on the host if not given).
+
+        `on_frames(start, stop)` is called as soon as out[:, :, start:stop] is final: after every latent frame, or
+        with tiles while the last tile runs. `on_piece` is called after every piece and may raise to stop.
+        """
+        for start, stop in self.decode_pieces(latents, out := self.frame_buffer(latents, out), tiling, on_piece):
+            if on_frames:
+                on_frames(start, stop)
+        return out
+
+    def decode_pieces(self, latents: Tensor, out: Tensor, tiling: Tiling | None = None,
+                      on_piece: OnPiece | None = None) -> Iterator[tuple[int, int]]:
+        """`decode` as a generator: yields (start, stop) for every run of frames of `out` that has become final."""
+        stride, step = self.spec.spatial_stride, self.spec.temporal_stride
+        rows, columns = self._tiles(latents.shape[3], latents.shape[4], tiling)
+        tiles = list(_grid(rows, columns, stride))
+        if len(tiles) > 1:
+            out.zero_()
+        for number, (row, column, weight) in enumerate(tiles, 1):
+            stream = Stream()
+            tile = latents[..., row.start:row.stop, column.start:column.stop]
+            for index in range(latents.shape[2]):
+                piece = self._no_grad(self.decode_piece, tile[:, :, index:index + 1], stream).clamp_(-1, 1)
+                start = max(0, 1 + (index - 1) * step)
+                stop = start + piece.shape[2]
+                _accumulate(out[:, :, start:stop], piece, row, column, stride, weight)
+                if on_piece:
+                    on_piece()
+                if number == len(tiles):
+                    yield start, stop
+
+    def frame_buffer(self, latents: Tensor, out: Tensor | None = None) -> Tensor:
+        """`out` after a check of its shape, or a new host buffer for the frames of `latents`."""
+        if latents.ndim != 5 or latents.shape[1] != self.spec.z_dim or 0 in latents.shape:
+            raise ValueError(f"latents have shape {list(latents.shape)}; this VAE decodes "
+                             f"[batch, {self.spec.z_dim}, frames, height, width]. Use latents of the same family.")
+        batch, _, frames, height, width = latents.shape
+        shape = (batch, 3, 1 + (frames - 1) * self.spec.temporal_stride,
+                 height * self.spec.spatial_stride, width * self.spec.spatial_stride)
+        if out is None:
+            return torch.empty(shape)
+        if out.shape != shape:
+            raise ValueError(f"the frame buffer has shape {list(out.shape)}; these latents decode to {list(shape)}.")
+        return out
+
+    def _check_video(self, video: Tensor) -> torch.Size:
+        stride, step = self.spec.spatial_stride, self.spec.temporal_stride
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"video has shape {list(video.shape)}; expected [batch, 3, frames, height, width].")
+        _, _, frames, height, width = video.shape
+        if frames < 1 or (frames - 1) % step:
+            raise ValueError(f"video has {frames} frames; the VAE takes {step}n + 1. "
+                             f"Use {max(0, frames - 1) // step * step + 1} frames.")
+        if height % stride or width % stride or not height or not width:
+            raise ValueError(f"video is {width}x{height} pixels; width and height must be multiples of {stride}.")
+        return video.shape
+
+    def _tiles(self, height: int, width: int, tiling: Tiling | None) -> tuple[list[Span], list[Span]]:
+        if tiling is None:
+            return [Span(0, height, None, None)], [Span(0, width, None, None)]
+        stride = self.spec.spatial_stride
+        tiling.check(stride)
+        overlap = tiling.overlap // stride
+        return spans(height, tiling.height // stride, overlap), spans(width, tiling.width // stride, overlap)
+
+    @torch.no_grad()
+    def _no_grad(self, run: Callable[[Tensor, Stream], Tensor], piece: Tensor, stream: Stream) -> Tensor:
+        weight = self.conv1.weight
+        return run(piece.to(weight.device, weight.dtype), stream)
+
+
+def _middle(dim: int) -> nn.Sequential:
+    return nn.Sequential(ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim))
+
+
+def _head(dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(RMSNorm(dim), nn.SiLU(), CausalConv3d(dim, out_dim, 3, padding=1))
+
+
+def _through(layers: list[nn.Module], x: Tensor, stream: Stream) -> Tensor:
+    for layer in layers:
+        x = layer(x, stream)
+    return x
+
+
+def _run(head: nn.Sequential, x: Tensor, stream: Stream) -> Tensor:
+    return head[2](F.silu(head[0](x), inplace=not torch.is_grad_enabled()), stream)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _grid(rows: list[Span], columns: list[Span], scale: int) -> Iterator[tuple[Span, Span, Tensor | None]]:
+    """All tiles with their blending weights [height, width] (None where a single tile covers everything)."""
+    for row in rows:
+        for column in columns:
+            alone = len(rows) == len(columns) == 1
+            yield row, column, None if alone else row.weights(scale)[:, None] * column.weights(scale)
+
+
+def _accumulate(out: Tensor, piece: Tensor, row: Span, column: Span, scale: int, weight: Tensor | None) -> None:
+    if weight is None:
+        out.copy_(piece)
+    else:
+        region = out[..., row.start * scale:row.stop * scale, column.start * scale:column.stop * scale]
+        region += piece.to(out.device, out.dtype) * weight.to(out.device)

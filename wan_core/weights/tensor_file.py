@@ -1,0 +1,191 @@
+"""Opens a checkpoint without reading it: names, shapes and types at once, a tensor's bytes when they are touched.
+
+The whole file is mapped into memory and every tensor is a view of that mapping, so a model that stays on the CPU is
+never copied, and opening a 28 GB file takes milliseconds. The mapping is private and copy-on-write: writing into a
+tensor can neither change the file nor crash. The safetensors library maps in the same way but lets the kernel reserve
+memory for the whole file, which fails where the file is larger than the memory; here nothing is reserved.
+
+PyTorch's own files (.pth, .pt, .bin) are opened with `weights_only=True`: they can hold tensors and no code.
+"""
+import math
+import mmap
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import LoadError, first_few, human_size
+from .safetensors_header import Entry, HeaderError, looks_like_header, parse_header
+
+_AGAIN = "Download it again."
+
+# What people do open by mistake: first bytes -> (what it is, what to do). Compared in lower case.
+_FOREIGN = (
+    (b"gguf", "is a GGUF file, which this version cannot open", "Use the safetensors file of the model."),
+    (b"version https://git-lfs", "is a Git LFS pointer and not the file it stands for",
+     "Fetch the file itself (git lfs pull) or download it from its page."),
+    (b"<", "is a web page, probably a download that ended in a login or error page", _AGAIN),
+    (b"{", "is a JSON file and holds no tensors", "Choose the weights that lie beside it."),
+)
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """An open checkpoint: a read-only mapping from tensor name to tensor (CPU, the file's own type).
+
+    `path`, `format` ('safetensors' or 'torch'), `metadata` (table of strings) and `nbytes` (size of the file) describe
+    it. Taking a tensor reads nothing; its bytes are read when they are used. Tensors stay valid after `close`.
+    """
+
+    def __init__(self, path: Path, format: str, metadata: dict[str, str], dtypes: dict[str, torch.dtype],
+                 shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]):
+        self.path, self.format, self.metadata = path, format, metadata
+        self.nbytes = path.stat().st_size
+        self._dtypes, self._shapes, self._read = dtypes, shapes, read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._read is None:
+            raise ValueError(f"{self.path.name} is closed")
+        if name not in self._shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._shapes)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self._shapes)
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return dict(self._dtypes)
+
+    def renamed(self, mapping: Mapping[str, str]) -> "TensorFile":
+        """The same file under other names: `mapping` gives for each new name the one in the file; others are left out.
+
+        Both stay open on their own.
+        """
+        read = self._read
+        return TensorFile(
+            self.path, self.format, self.metadata, {new: self._dtypes[old] for new, old in mapping.items()},
+            {new: self._shapes[old] for new, old in mapping.items()}, lambda name: read(mapping[name]))
+
+    def close(self) -> None:
+        """Lets go of the file. Its mapping ends with the last tensor taken from it."""
+        self._read = None
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def open_weights(path: str | Path) -> TensorFile:
+    """Opens a safetensors file or a PyTorch file, told apart by content and not by name.
+
+    Raises LoadError for a missing, empty, truncated, damaged or foreign file.
+    """
+    path = Path(path)
+    if path.name.endswith(".safetensors.index.json"):
+        raise LoadError(f"{path.name} is the index of a model in several files, which this version cannot open. "
+                        "Use the model in one file.")
+    if not path.exists():
+        raise LoadError(f"{path.name} does not exist. Check the path and the file's name.")
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file"
+        raise LoadError(f"{path.name} is {what}. Choose a file of model weights.")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            start = stream.read(64)
+    except OSError as error:
+        raise LoadError(f"{path.name} cannot be read: {error.strerror}. Check the path and its permissions.") from error
+    if not size:
+        raise LoadError(f"{path.name} is empty. {_AGAIN}")
+    if looks_like_header(start, size):
+        return _open_safetensors(path, size)
+    # Zip archives since PyTorch 1.6, a bare pickle before.
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return _open_torch(path, is_zip=start.startswith(b"PK"))
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for magic, what, advice in _FOREIGN:
+        if text.startswith(magic):
+            raise LoadError(f"{path.name} {what}. {advice}")
+    raise LoadError(f"{path.name} ({human_size(size)}) is neither a safetensors nor a PyTorch file, or its beginning "
+                    "is damaged. Choose a .safetensors file or, if this should be one, download it again.")
+
+
+def _open_safetensors(path: Path, size: int) -> TensorFile:
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if 8 + length > size:
+            raise LoadError(f"{path.name} is truncated: its header alone takes {human_size(length)} and the file has "
+                            f"{human_size(size)}. {_AGAIN}")
+        try:
+            entries, metadata = parse_header(stream.read(length), size - 8 - length)
+        except HeaderError as error:
+            raise LoadError(f"{path.name} {error}. {_AGAIN}") from error
+        mapping = _map(path, stream.fileno())
+    return TensorFile(
+        path, "safetensors", metadata, {name: entry.dtype for name, entry in entries.items()},
+        {name: entry.shape for name, entry in entries.items()},
+        lambda name: _view(mapping, 8 + length, entries[name]))
+
+
+def _map(path: Path, descriptor: int) -> mmap.mmap:
+    try:
+        if sys.platform == "linux":
+            # Without MAP_NORESERVE (0x4000; unnamed in older Pythons) the kernel refuses files larger than the memory.
+            return mmap.mmap(descriptor, 0, mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000),
+                             mmap.PROT_READ | mmap.PROT_WRITE)
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise LoadError(f"{path.name} cannot be mapped into memory: {error.strerror}. "
+                        "Move it to a local disk.") from error
+
+
+def _view(mapping: mmap.mmap, base: int, entry: Entry) -> Tensor:
+    count = math.prod(entry.shape)
+    if not count:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    start = base + entry.start
+    if start % entry.dtype.itemsize:
+        # Only foreign writers leave tensors unaligned; kernels expect alignment, so these are copied.
+        return torch.frombuffer(bytearray(mapping[start:base + entry.end]), dtype=entry.dtype).view(entry.shape)
+    return torch.frombuffer(mapping, dtype=entry.dtype, count=count, offset=start).view(entry.shape)
+
+
+def _open_torch(path: Path, is_zip: bool) -> TensorFile:
+    # Old files cannot be mapped, and torch.load trusts a name that ends in .safetensors; both are read as a stream.
+    mapped = is_zip and path.suffix != ".safetensors"
+    try:
+        with path.open("rb") as stream:
+            content = torch.load(path if mapped else stream, map_location="cpu", weights_only=True, mmap=mapped)
+    # The unpickler runs over untrusted bytes and fails in as many ways as there are bytes.
+    except Exception as error:
+        if "weights_only" in str(error) or "Weights only" in str(error):
+            raise LoadError(f"{path.name} holds Python objects other than tensors; it is refused, because such objects "
+                            "can run code. Use a safetensors file of the model.") from error
+        raise LoadError(f"{path.name} is damaged, truncated or no PyTorch file ({type(error).__name__}). "
+                        f"{_AGAIN}") from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    entries = dict(content) if isinstance(content, Mapping) else {}
+    tensors = {name: value.detach() for name, value in entries.items()
+               if isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided}
+    if not tensors:
+        found = first_few([str(name) for name in entries]) or type(content).__name__
+        raise LoadError(f"{path.name} holds no table of tensors but: {found}. Choose a file of model weights.")
+    return TensorFile(path, "torch", {}, {name: tensor.dtype for name, tensor in tensors.items()},
+                      {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
