@@ -4,8 +4,8 @@
     python benchmarks/compare.py vae
     python benchmarks/compare.py vae-memory
 
-Weights and inputs are random (dense arithmetic takes the same time whatever the numbers, if they are not zeros). `limit`
-is the machine's own rate for a large matrix product (or channels-last convolution), measured in the same run. Peak
+Weights and inputs are random: dense arithmetic takes the same time whatever the numbers, if they are not zeros. `limit`
+is the machine's own rate for a large matrix product (or a channels-last convolution), measured in the same run. Peak
 memory is that of a process that does nothing else. Results are printed as JSON, one object a line.
 """
 

@@ -189,17 +189,20 @@ def load_text_encoder(path: str | Path = NANO, *, tokenizer: str | Path | None =
                       placement: Placement | None = None) -> TextEncoder:
     """A UMT5 encoder, or the bundled one for "nano".
 
-    The tokenizer is the file's own `spiece_model` tensor unless a SentencePiece file is given. Raises LoadError if
-    there is neither.
+    The tokenizer is the file's own `spiece_model` tensor, else a `spiece.model` beside it, unless a SentencePiece file
+    is given. Raises LoadError if there is none of them.
     """
     part = Part.open(nano.TEXT_ENCODER if path == NANO else path, "text_encoder")
+    beside = part.file.path.with_name("spiece.model")
     if tokenizer is not None:
         pieces = Tokenizer.from_file(tokenizer)
     elif "spiece_model" in part.file:
         pieces = Tokenizer.from_tensor(part.file["spiece_model"])
+    elif beside.is_file():
+        pieces = Tokenizer.from_file(beside)
     else:
-        raise LoadError(f"{part.label} holds no tokenizer. Give the SentencePiece file of google/umt5-xxl (spiece.model) "
-                        "or use ComfyUI's repackaged umt5_xxl safetensors, which has it inside.")
+        raise LoadError(f"{part.label} holds no tokenizer. Give the SentencePiece file of google/umt5-xxl "
+                        "(spiece.model), or use ComfyUI's repackaged umt5_xxl file, which has it inside.")
     return TextEncoder(part, pieces, placement or OneAtATime())
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .conditioning import TextCondition
+from .conditioning import TextCondition, active
 from .memory import OneAtATime
 from .models import Model, TextEncoder, VideoVAE, load_model, load_text_encoder, load_vae
 from .presets import VAESpec
-from .sampling import Conditions, Guidance, Schedule, Step, denoise, make_schedule
+from .sampling import Conditions, Guidance, Schedule, Step, denoise, make_schedule, needs_uncond
 from .video import to_uint8, write_video
 
 # A schedule that begins at least this high starts from pure noise, as the official code does (UniPC's is 0.999).
@@ -45,8 +45,8 @@ class Video:
     settings: dict[str, object]
 
     def save(self, path: str | Path) -> None:
-        """Write an MP4 file with the settings in its metadata (see `write_video`)."""
-        write_video(path, [self.frames], self.fps, self.settings)
+        """Write an MP4 file with the settings in its `comment` metadata (see `write_video`)."""
+        write_video(path, self.frames, self.fps, metadata={"comment": self.settings})
 
 
 def latent_shape(spec: VAESpec, width: int, height: int, frames: int, batch: int = 1) -> tuple[int, ...]:
@@ -79,6 +79,7 @@ def sample(model: Model, latents: Tensor, schedule: Schedule, conditions: Condit
     model.check_latents(latents)
     for condition in (*conditions.positive, *conditions.negative):
         model.check_context(condition.context)
+    check_coverage(model, schedule, conditions, guidance)
     stats, device = model.latent_stats, model.placement.device
     empty = not latents.count_nonzero()
     start = torch.zeros_like(latents) if empty else stats.normalise(latents.float().cpu())
@@ -91,6 +92,14 @@ def sample(model: Model, latents: Tensor, schedule: Schedule, conditions: Condit
     result = denoise(model, start.to(device), schedule, conditions, guidance, solver=solver, backend=model.attention,
                      on_step=on_step, on_block=on_block)
     return stats.restore(result.cpu())
+
+
+def check_coverage(model: Model, schedule: Schedule, conditions: Conditions, guidance: Guidance) -> None:
+    """Raise ValueError unless at every step a prompt is active, and a negative one where guidance asks for it."""
+    for sigma, timestep in zip(schedule.sigmas.tolist(), schedule.timesteps.tolist()):
+        active(conditions.positive, sigma)
+        if conditions.negative and needs_uncond(guidance.scale_for(model.name_at(timestep))):
+            active(conditions.negative, sigma)
 
 
 def generate(prompt: str, *, model: Model | None = None, vae: VideoVAE | None = None,

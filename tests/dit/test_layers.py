@@ -2,9 +2,14 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from wan_core.dit.layers import Float32Linear, LayerNorm, Linear, RMSNorm, add_residual, modulated_norm
+
+
+def rms(norm, x):
+    """The two factors of an RMS norm multiplied."""
+    value, scale = norm.parts(x)
+    return value * scale
 
 
 def randn(*shape, seed=0):
@@ -45,22 +50,40 @@ def test_residual_in_place_and_recorded_are_the_same(gated):
 
 
 def test_float32_islands_compute_in_float32_from_bf16_weights():
-    """Norms and the float32 linear layer widen bf16 weights; the plain linear layer works in the weights' dtype."""
+    """Norms and the float32 linear layer widen bf16 weights and inputs; the plain layer works in its weights' dtype."""
     x = randn(2, 5, 24)
     for layer in (Float32Linear(24, 8), LayerNorm(24, eps=1e-6), RMSNorm(24, 1e-6)):
-        exact = layer(x)
-        assert layer.bfloat16()(x).dtype == torch.float32
-        rounded = layer(x)
-        assert (rounded - exact).norm() <= 5e-3 * exact.norm()
+        run = layer if not isinstance(layer, RMSNorm) else lambda x, norm=layer: rms(norm, x)
+        torch.nn.init.normal_(layer.weight)
+        layer.weight.data = layer.weight.data.bfloat16().float()
+        exact = run(x.bfloat16().float())
+        layer.bfloat16()
+        assert run(x.bfloat16()).dtype == torch.float32
+        torch.testing.assert_close(run(x.bfloat16()), exact, atol=5e-3, rtol=0)
     plain = Linear(24, 8).bfloat16()
     assert plain(x).dtype == torch.bfloat16
-    assert torch.equal(plain(x), F.linear(x.bfloat16(), plain.weight, plain.bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_linear_with_gelu_behind_it(recorded, gelu, dtype):
+    """Fused or not, the layer is x W^T + b, then the tanh form of GELU where it is asked for."""
+    layer = Linear(24, 40).to(dtype)
+    x = randn(2, 5, 24)
+    expected = x.to(dtype).double() @ layer.weight.double().mT + layer.bias.double()
+    if gelu:
+        expected = expected / 2 * (1 + (2 ** 0.5 / torch.pi ** 0.5 * (expected + 0.044715 * expected ** 3)).tanh())
+    with torch.set_grad_enabled(recorded):
+        out = layer(x, gelu=gelu)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
 
 
 def test_rms_norm_is_its_formula():
-    """x / sqrt(mean(x^2) + eps) * weight over all channels, not per head."""
+    """The product of its parts is x / sqrt(mean(x^2) + eps) * weight over all channels, not per head."""
     norm = RMSNorm(24, 1e-6)
     torch.nn.init.normal_(norm.weight)
     x = randn(3, 5, 24)
     expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
-    torch.testing.assert_close(norm(x).double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rms(norm, x).double(), expected, atol=1e-5, rtol=0)

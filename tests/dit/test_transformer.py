@@ -27,7 +27,8 @@ DIFFUSERS_ROOT = {
     "text_embedding.2": "condition_embedder.text_embedder.linear_2",
     "time_embedding.0": "condition_embedder.time_embedder.linear_1",
     "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj", "head.head": "proj_out", "head.modulation": "scale_shift_table",
+    "time_projection.1": "condition_embedder.time_proj", "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
 }
 
 
@@ -59,7 +60,8 @@ def inputs(spec: TransformerSpec = SPEC, batch: int = 1, grid: tuple[int, int, i
 
 
 def golden_model(case) -> WanTransformer:
-    names = ("dim", "ffn_dim", "freq_dim", "text_dim", "text_len", "num_heads", "num_layers", "in_dim", "out_dim", "eps")
+    names = ("dim", "ffn_dim", "freq_dim", "text_dim", "text_len", "num_heads", "num_layers", "in_dim", "out_dim",
+             "eps")
     spec = TransformerSpec(model_type=case.config["model_type"], patch_size=tuple(case.config["patch_size"]),
                            **{name: case.config[name] for name in names})
     model = WanTransformer(spec).requires_grad_(False)

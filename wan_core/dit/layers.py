@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .attention import attention
 from .rope import rotate
 
-
 # What PyTorch's own compiler calls for a linear layer and its activation; absent in builds without oneDNN.
 _FUSED_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 

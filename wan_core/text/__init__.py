@@ -1,9 +1,11 @@
 """Text conditioning: prompt cleaning and weighting, the SentencePiece tokenizer and the UMT5 encoder."""
 
 from .clean import clean_prompt
-from .encode import encode_prompts
+from .encode import encode_pieces, encode_prompts, weighted_pieces
 from .tokenizer import Tokenizer
 from .umt5 import UMT5Encoder
 from .weighting import parse_weights
 
-__all__ = ["Tokenizer", "UMT5Encoder", "clean_prompt", "encode_prompts", "parse_weights"]
+__all__ = [
+    "Tokenizer", "UMT5Encoder", "clean_prompt", "encode_pieces", "encode_prompts", "parse_weights", "weighted_pieces",
+]

@@ -34,15 +34,24 @@ def encode_prompts(encoder: UMT5Encoder, tokenizer: Tokenizer, prompts: Sequence
     if tokenizer.vocab_size > encoder.spec.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces but the text encoder only "
                          f"{encoder.spec.vocab_size} embeddings; use the tokenizer that came with the encoder")
-    rows, row_weights = [], []
-    for prompt in prompts:
-        cleaned = clean_prompt(prompt)
-        sections = parse_weights(cleaned) if weights else [(cleaned, 1.0)]
-        # Like ComfyUI, each section is tokenized on its own, so that no token straddles two weights.
-        pieces = [(piece, weight) for text, weight in sections for piece in tokenizer.pieces(text)]
-        rows.append([piece for piece, _ in pieces])
-        row_weights.append([weight for _, weight in pieces])
-    ids, mask = batch(rows, text_len)
+    return encode_pieces(encoder, [weighted_pieces(tokenizer, prompt, weights) for prompt in prompts], text_len,
+                         on_block)
+
+
+def weighted_pieces(tokenizer: Tokenizer, prompt: str, weights: bool = True) -> list[tuple[int, float]]:
+    """The cleaned prompt as (token id, weight) pairs, without end-of-sequence token, padding or limit."""
+    cleaned = clean_prompt(prompt)
+    sections = parse_weights(cleaned) if weights else [(cleaned, 1.0)]
+    # Like ComfyUI, each section is tokenized on its own, so that no token straddles two weights.
+    return [(piece, weight) for text, weight in sections for piece in tokenizer.pieces(text)]
+
+
+@torch.no_grad()
+def encode_pieces(encoder: UMT5Encoder, rows: Sequence[Sequence[tuple[int, float]]], text_len: int = 512,
+                  on_block: Callable[[int], None] | None = None) -> Tensor:
+    """Encode rows of (token id, weight), as `weighted_pieces` gives them; result and limits as in `encode_prompts`."""
+    ids, mask = batch([[piece for piece, _ in row] for row in rows], text_len)
+    row_weights = [[weight for _, weight in row] for row in rows]
     embeddings = _encode_ids(encoder, ids, mask, on_block)
     if any(weight != 1.0 for row in row_weights for weight in row):
         empty = _encode_ids(encoder, *batch([[]], text_len), on_block)

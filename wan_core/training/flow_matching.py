@@ -75,8 +75,8 @@ def bell_weights(timesteps: Tensor) -> Tensor:
     """Loss weight of each entry of a whole table of timesteps [N] (0..1000): a bell around 500 with mean one.
 
     exp(-2 ((t - 500) / 1000)^2), lowered by its minimum and normalised over the table. A table of another length
-    than 1,000 is scaled by length / 1000 and raised by its second entry, so that no step is left without weight (recipe:
-    DiffSynth-Studio, `diffsynth/diffusion/flow_match.py`).
+    than 1,000 is scaled by length / 1000 and raised by its second entry, so that no step is left without weight
+    (recipe: DiffSynth-Studio, `diffsynth/diffusion/flow_match.py`).
     """
     bell = torch.exp(-2 * ((timesteps - TRAIN_TIMESTEPS / 2) / TRAIN_TIMESTEPS) ** 2)
     raised = bell - bell.min()
@@ -90,8 +90,8 @@ def bell_weights(timesteps: Tensor) -> Tensor:
 def flow_matching_loss(predict: Predict, clean: Tensor, noise: Tensor, sigmas: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean squared error of the predicted velocity (scalar, float32).
 
-    clean and noise [B, C, T, H, W] (normalised latents), sigmas and weights [B]. `predict(noisy, timesteps)` returns the
-    velocity for timesteps [B] = 1000 * sigma.
+    clean and noise [B, C, T, H, W] (normalised latents), sigmas and weights [B]. `predict(noisy, timesteps)` returns
+    the velocity for timesteps [B] = 1000 * sigma.
     """
     level = sigmas.view(-1, *[1] * (clean.ndim - 1))
     velocity = predict((1 - level) * clean + level * noise, sigmas * TRAIN_TIMESTEPS)

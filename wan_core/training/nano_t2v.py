@@ -38,8 +38,8 @@ class T2VTraining:
     clips: int = 4096
     batch: int = 32
     seed: int = 0
-    muon_lr: float = 1e-3
-    adam_lr: float = 1.5e-3
+    muon_lr: float = 1.5e-3
+    adam_lr: float = 2e-3
     caption_dropout: float = 0.1
     average: float = 0.998
     timesteps: LogitNormalTimesteps = LogitNormalTimesteps(mean=0.3, std=1.2, shift=3.0)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolution import after_history, first_frame, pointwise
+
 
 class Stream:
     """What the causal layers of one clip remember between pieces: a few input frames per layer.
@@ -42,24 +44,22 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding)
         # The official layer pads 2 * padding frames at the front and none at the back.
         self.past_frames = 2 * self.padding[0]
-        self._spatial_padding = (0, *self.padding[1:])
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         """x [B, C, T, H, W] -> [B, C_out, T, H, W]; zeros stand before the clip's first frame."""
-        weight = self.weight
-        if self.past_frames:
-            history = stream.recall(self)
-            if history is None and x.shape[2] == 1:
-                # Two thirds of the kernel would only ever meet zeros.
-                weight = weight[:, :, -1:]
-                history = x.new_zeros(x.shape[:2] + (self.past_frames - 1,) + x.shape[3:])
-                stream.remember(self, torch.cat([history, x], 2))
-            else:
-                if history is None:
-                    history = x.new_zeros(x.shape[:2] + (self.past_frames,) + x.shape[3:])
-                x = torch.cat([history, x], 2)
-                stream.remember(self, x[:, :, -self.past_frames:])
-        return F.conv3d(x, weight, self.bias, self.stride, self._spatial_padding)
+        if self.kernel_size == (1, 1, 1):
+            return pointwise(x, self.weight, self.bias)
+        spatial = self.padding[1:]
+        if not self.past_frames:
+            return F.conv3d(x, self.weight, self.bias, self.stride, (0, *spatial))
+        history = stream.recall(self)
+        starts = history is None
+        if starts:
+            history = x.new_zeros(x.shape[:2] + (self.past_frames,) + x.shape[3:])
+        stream.remember(self, x[:, :, -2:] if x.shape[2] > 1 else torch.cat([history[:, :, 1:], x], 2))
+        if starts and x.shape[2] == 1:
+            return first_frame(x, self.weight, self.bias, spatial)
+        return after_history(x, history, self.weight, self.bias, spatial)
 
 
 class RMSNorm(nn.Module):
@@ -69,10 +69,15 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, *(1, 1) if images else (1, 1, 1)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        # The official `F.normalize` only guards against a norm of zero; so does this epsilon, in float32.
-        normed = F.rms_norm(x.movedim(1, -1).float(), (x.shape[1],), self.gamma.flatten().float(), 1e-24)
-        return normed.movedim(-1, 1).to(x.dtype)
+    def forward(self, x: Tensor, *, inplace: bool = False) -> Tensor:
+        """x [B, C, ...] -> the same shape; `inplace` overwrites x (without gradients only)."""
+        if torch.is_grad_enabled():
+            # The official `F.normalize` only guards against a norm of zero; so does this epsilon, in float32.
+            normed = F.rms_norm(x.movedim(1, -1).float(), (x.shape[1],), self.gamma.flatten().float(), 1e-24)
+            return normed.movedim(-1, 1).to(x.dtype)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12)
+        scale = (x.shape[1] ** 0.5 / norm).to(x.dtype)
+        return (x.mul_(scale) if inplace else x * scale).mul_(self.gamma)
 
 
 class ResidualBlock(nn.Module):
@@ -92,7 +97,7 @@ class ResidualBlock(nn.Module):
         residual = self.residual
         h = F.silu(residual[0](x), inplace=inplace)
         h = residual[2](h, stream)
-        h = F.silu(residual[3](h), inplace=inplace)
+        h = F.silu(residual[3](h, inplace=inplace), inplace=inplace)
         h = residual[6](h, stream)
         shortcut = x if self.shortcut is None else self.shortcut(x, stream)
         return h.add_(shortcut) if inplace else h + shortcut

@@ -29,6 +29,12 @@ class Tiling:
             raise ValueError(f"VAE tile overlap is {self.overlap} pixels, more than half of the tile "
                              f"({self.width}x{self.height}); use at most {min(self.height, self.width) // 2}.")
 
+    def count(self, height: int, width: int, stride: int) -> int:
+        """How many tiles cover `height` x `width` latent pixels of a VAE with this `stride`."""
+        overlap = self.overlap // stride
+        return (len(spans(height, self.height // stride, overlap))
+                * len(spans(width, self.width // stride, overlap)))
+
 
 @dataclass(frozen=True)
 class Span:

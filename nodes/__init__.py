@@ -1,0 +1,41 @@
+"""ComfyUI's nodes: widgets and sockets on one side, calls of the engine on the other, nothing in between.
+
+Saved workflows hold the ids and store widget values by position: ids never change, widgets are only ever appended.
+"""
+
+from .latent import WanCoreDecode, WanCoreEmptyLatent
+from .loaders import (
+    WanCoreExpertPairLoader,
+    WanCoreModelLoader,
+    WanCoreTextEncoderLoader,
+    WanCoreVAELoader,
+)
+from .sampler import WanCoreSampler
+from .text import WanCoreTextEncode
+from .video import WanCoreSaveVideo
+
+NODE_CLASS_MAPPINGS = {
+    "WanCoreModelLoader": WanCoreModelLoader,
+    "WanCoreExpertPairLoader": WanCoreExpertPairLoader,
+    "WanCoreTextEncoderLoader": WanCoreTextEncoderLoader,
+    "WanCoreVAELoader": WanCoreVAELoader,
+    "WanCoreTextEncode": WanCoreTextEncode,
+    "WanCoreEmptyLatent": WanCoreEmptyLatent,
+    "WanCoreSampler": WanCoreSampler,
+    "WanCoreDecode": WanCoreDecode,
+    "WanCoreSaveVideo": WanCoreSaveVideo,
+}
+
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "WanCoreModelLoader": "Wan Model Loader",
+    "WanCoreExpertPairLoader": "Wan Expert Pair Loader",
+    "WanCoreTextEncoderLoader": "Wan Text Encoder Loader",
+    "WanCoreVAELoader": "Wan VAE Loader",
+    "WanCoreTextEncode": "Wan Text Encode",
+    "WanCoreEmptyLatent": "Wan Empty Latent",
+    "WanCoreSampler": "Wan Sampler",
+    "WanCoreDecode": "Wan Decode",
+    "WanCoreSaveVideo": "Wan Save Video",
+}
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

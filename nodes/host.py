@@ -1,0 +1,284 @@
+"""What the nodes need of ComfyUI: its folders, devices, memory manager, progress bar, previews and cancel button.
+
+The only file that imports ComfyUI's modules. Where ComfyUI is absent, `Standalone` offers the same few methods on plain
+folders, so that node classes also run in tests and scripts. Nodes call `HOST` and never ask which of the two it is.
+
+Memory: ComfyUI's manager keeps a list of models that it may unload when something else needs the room. It sees each of
+ours as an empty module with a declared size (`ManagedPlacement`), because the master of every weight is its mapped
+file: taking a model off the device means to drop it, and nothing is copied back. Reference: ComfyUI's
+`comfy/model_management.py` (`load_models_gpu`) and `comfy/patcher_extension.py` (`CallbacksMP`).
+"""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..wan_core import nano
+from ..wan_core.memory import OneAtATime, Placement
+from ..wan_core.models import Model, Part, TextEncoder, VideoVAE
+from ..wan_core.presets import VAES, VAESpec
+
+try:
+    import comfy.latent_formats
+    import comfy.model_management as management
+    import comfy.model_patcher
+    import comfy.utils
+    import folder_paths
+    import latent_preview
+    from comfy.cli_args import args as comfy_arguments
+    from comfy.patcher_extension import CallbacksMP
+except ModuleNotFoundError as missing:
+    # A folder named "comfy" (one of tests, say) does not make ComfyUI; what ComfyUI itself lacks is its own error.
+    if missing.name.partition(".")[0] not in ("comfy", "folder_paths", "latent_preview"):
+        raise
+    folder_paths = None
+
+log = logging.getLogger(__name__)
+
+BUNDLED = {
+    "diffusion_models": nano.TRANSFORMERS,
+    "text_encoders": (nano.TEXT_ENCODER,),
+    "vae": (nano.VAE,),
+}
+
+Handle = TypeVar("Handle", Model, TextEncoder, VideoVAE)
+Preview = tuple | None
+Advance = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class SaveTarget:
+    """A file to be written, and how ComfyUI's page finds it again."""
+
+    path: Path
+    entry: dict[str, str]
+
+
+def bundled_file(folder: str, name: str) -> Path | None:
+    """The bundled nano file that a list shows as `name`, None if it is another file."""
+    return next((path for path in BUNDLED[folder] if name == f"nano/{path.name}"), None)
+
+
+class Standalone:
+    """Plain folders under the working directory: models/<folder>, output."""
+
+    manages_memory = False
+
+    def model_names(self, folder: str) -> list[str]:
+        """Names for a list widget: the bundled nano models, then the files of the folder ('vae', say)."""
+        return [f"nano/{path.name}" for path in BUNDLED[folder]] + self._files(folder)
+
+    def model_path(self, folder: str, name: str) -> Path:
+        """The file behind a name of `model_names`. Raises ValueError if there is none."""
+        path = bundled_file(folder, name) or self._find(folder, name)
+        if path is None or not path.is_file():
+            raise ValueError(f"there is no {name!r} among the model files in {folder!r}. Put it there, "
+                             "or choose another one from the list.")
+        return path
+
+    def fingerprint(self, folder: str, *names: str) -> str:
+        """Changes when one of the files is replaced: ComfyUI's key for outputs made from them."""
+        try:
+            states = [self.model_path(folder, name).stat() for name in names]
+        except (OSError, ValueError):
+            return "missing"
+        return " ".join(f"{state.st_mtime_ns}-{state.st_size}" for state in states)
+
+    def placement(self, kind: str) -> Placement:
+        """Where a 'transformer', 'text_encoder' or 'vae' lives; one for each handle, shared by its changed copies."""
+        return OneAtATime()
+
+    def with_room(self, handle: Handle, nbytes: int) -> Handle:
+        """A copy of `handle` that asks for `nbytes` on its device beside the weights when it is placed."""
+        return handle
+
+    def result_device(self) -> torch.device:
+        """Where results that go on to other nodes are kept."""
+        return torch.device("cpu")
+
+    def check_interrupt(self) -> None:
+        """Raise if the user has pressed the cancel button."""
+
+    @contextmanager
+    def progress(self, total: int, what: str) -> Iterator[Advance]:
+        """Gives a callable that counts one more of `total`, with a preview if there is one."""
+        with tqdm(total=total, desc=what) as bar:
+            yield lambda preview=None: bar.update()
+
+    def previewer(self, spec: VAESpec, device: torch.device) -> Callable[[Tensor], Preview] | None:
+        """Turns normalised latents [B, C, T, H, W] of a VAE into a preview; None if the user wants no previews."""
+        return None
+
+    def save_target(self, prefix: str, suffix: str, width: int, height: int) -> SaveTarget:
+        """The next free file name for `prefix`, which may name subfolders of the output folder, and no others."""
+        output = Path("output").resolve()
+        target = (output / prefix).resolve()
+        if output not in target.parents:
+            raise ValueError(f"filename_prefix {prefix!r} leads out of the output folder; use a name inside it.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pattern = re.compile(re.escape(target.name) + r"_(\d+)_\..*")
+        used = [int(match[1]) for file in target.parent.iterdir() if (match := pattern.fullmatch(file.name))]
+        name = f"{target.name}_{max(used, default=0) + 1:05}_{suffix}"
+        subfolder = target.parent.relative_to(output).as_posix()
+        return SaveTarget(target.parent / name, {"filename": name, "subfolder": subfolder, "type": "output"})
+
+    def stores_workflows(self) -> bool:
+        """Whether saved files may hold the graph that made them."""
+        return True
+
+    def _files(self, folder: str) -> list[str]:
+        root = Path("models", folder)
+        return sorted(path.relative_to(root).as_posix() for path in root.rglob("*")
+                      if path.suffix in (".safetensors", ".sft", ".pth", ".pt", ".bin"))
+
+    def _find(self, folder: str, name: str) -> Path | None:
+        root = Path("models", folder).resolve()
+        path = (root / name).resolve()
+        return path if root in path.parents else None
+
+
+class ComfyUI(Standalone):
+    """The running ComfyUI."""
+
+    manages_memory = True
+
+    def placement(self, kind: str) -> Placement:
+        device, offload_device = {
+            "transformer": (management.get_torch_device, management.unet_offload_device),
+            "text_encoder": (management.text_encoder_device, management.text_encoder_offload_device),
+            "vae": (management.vae_device, management.vae_offload_device),
+        }[kind]
+        return ManagedPlacement(device(), offload_device())
+
+    def with_room(self, handle: Handle, nbytes: int) -> Handle:
+        if not isinstance(handle.placement, ManagedPlacement):
+            return handle
+        return replace(handle, placement=replace(handle.placement, room=nbytes))
+
+    def result_device(self) -> torch.device:
+        return management.intermediate_device()
+
+    def check_interrupt(self) -> None:
+        management.throw_exception_if_processing_interrupted()
+
+    @contextmanager
+    def progress(self, total: int, what: str) -> Iterator[Advance]:
+        page = comfy.utils.ProgressBar(total)
+        with super().progress(total, what) as count:
+            def advance(preview: Preview = None) -> None:
+                count()
+                page.update_absolute(page.current + 1, preview=preview)
+
+            yield advance
+
+    def previewer(self, spec: VAESpec, device: torch.device) -> Callable[[Tensor], Preview] | None:
+        latents = _nano_latent_format() if spec == VAES["nano_vae"] else comfy.latent_formats.Wan21()
+        previewer = latent_preview.get_previewer(device, latents)
+        if previewer is None:
+            return None
+        return lambda clean: previewer.decode_latent_to_preview_image("JPEG", clean)
+
+    def save_target(self, prefix: str, suffix: str, width: int, height: int) -> SaveTarget:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            prefix, folder_paths.get_output_directory(), width, height)
+        name = f"{name}_{counter:05}_{suffix}"
+        return SaveTarget(Path(folder, name), {"filename": name, "subfolder": subfolder, "type": "output"})
+
+    def stores_workflows(self) -> bool:
+        return not comfy_arguments.disable_metadata
+
+    def _files(self, folder: str) -> list[str]:
+        return list(folder_paths.get_filename_list(folder))
+
+    def _find(self, folder: str, name: str) -> Path | None:
+        path = folder_paths.get_full_path(folder, name)
+        return None if path is None else Path(path)
+
+
+class WanWeights(nn.Module):
+    """Stands for a checkpoint in the list of ComfyUI's memory manager; it has no weights of its own."""
+
+
+class _Placed:
+    """The module on the device, None while it is not there."""
+
+    module: nn.Module | None = None
+
+    def drop(self, patcher: object, unpatch_all: bool) -> None:
+        """What the manager calls to take the model off the device, or with False only to list it anew."""
+        if unpatch_all:
+            self.module = None
+
+
+@dataclass
+class _Tenant:
+    """The part that holds the place, and its entry with the manager, which refers to it only weakly.
+
+    The manager's entry knows `placed` and nothing else of ours: a cycle would keep dropped weights alive.
+    """
+
+    part: Part | None = None
+    dtype: torch.dtype | None = None
+    placed: _Placed | None = None
+    patcher: object = None
+
+
+@dataclass(frozen=True, eq=False)
+class ManagedPlacement:
+    """One checkpoint at a time on a device, in room that ComfyUI's manager makes and may take back.
+
+    `room` is what a run needs beside the weights, in bytes. Copies with another room share what is placed.
+    """
+
+    device: torch.device
+    offload_device: torch.device
+    room: int = 0
+    tenant: _Tenant = field(default_factory=_Tenant)
+
+    def place(self, part: Part, dtype: torch.dtype) -> nn.Module:
+        """See `Placement.place`."""
+        tenant = self.tenant
+        if tenant.part is not part or tenant.dtype != dtype:
+            self.clear()
+            tenant.part, tenant.dtype, tenant.placed = part, dtype, _Placed()
+            tenant.patcher = self._register(part, dtype, tenant.placed)
+        management.load_models_gpu([tenant.patcher], memory_required=self.room, force_full_load=True)
+        if tenant.placed.module is None:
+            log.info("Wan: reading %s to %s as %s", part.label, self.device, str(dtype).removeprefix("torch."))
+            try:
+                tenant.placed.module = part.build(self.device, dtype)
+            except BaseException:
+                self.clear()
+                raise
+        return tenant.placed.module
+
+    def clear(self) -> None:
+        """See `Placement.clear`."""
+        tenant = self.tenant
+        tenant.part = tenant.dtype = tenant.placed = tenant.patcher = None
+
+    def _register(self, part: Part, dtype: torch.dtype, placed: _Placed) -> object:
+        size = sum(math.prod(shape) for shape in part.file.shapes().values()) * dtype.itemsize
+        patcher = comfy.model_patcher.ModelPatcher(WanWeights(), self.device, self.offload_device, size=size)
+        patcher.add_callback(CallbacksMP.ON_DETACH, placed.drop)
+        return patcher
+
+
+def _nano_latent_format() -> object:
+    """ComfyUI's format of Wan 2.1 latents with the colours that the nano VAE's channels have."""
+    latents = comfy.latent_formats.Wan21()
+    latents.latent_rgb_factors, latents.latent_rgb_factors_bias = nano.LATENT_RGB, nano.LATENT_RGB_BIAS
+    latents.taesd_decoder_name = None
+    return latents
+
+
+HOST = Standalone() if folder_paths is None else ComfyUI()

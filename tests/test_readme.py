@@ -1,0 +1,31 @@
+"""The README's commands are the ones that CI runs, and what it names exists."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def shell_blocks() -> list[str]:
+    return re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    command = next(block.strip() for block in shell_blocks() if "pytest" in block)
+    assert "\n" not in command
+    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_both_commands_install_torch_first_and_in_a_virtual_environment():
+    for block in shell_blocks()[:2]:
+        steps = block.strip().split(" && ")
+        assert steps[0] == "python3 -m venv .venv"
+        assert steps[1] == ".venv/bin/pip install -q torch==2.13.0"
+
+
+def test_every_local_link_leads_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    local = [link for link in links if "://" not in link]
+    assert local
+    missing = [link for link in local if not (ROOT / link).exists()]
+    assert not missing

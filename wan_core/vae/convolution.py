@@ -1,0 +1,69 @@
+"""The VAE's 3D convolution over past frames and a piece, by the cheapest exact way for the case.
+
+Nearly all of a decode is 3x3x3 convolutions of two or four frames at a time. In float32 on a CPU their time axis is
+computed with Winograd's minimal filtering F(2, 3) (Lavin and Gray 2016, arXiv:1509.09308, section 4.1): two output
+frames from four input frames cost four 2D convolutions instead of six, which saves a third of the arithmetic and, as
+sums and differences of frames are read in place, the copy that joins history and piece. The result differs from the
+direct sum by rounding only (about 1e-6 of its size).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Filter transform of F(2, 3): rows give the four 2D kernels as combinations of the three taps in time.
+_FILTER_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1x1 convolution as the linear layer that it is, without leaving channels-last memory."""
+    return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+
+
+def first_frame(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
+    """A clip's first frame [B, C, 1, H, W] alone: all taps but the last would only meet zeros."""
+    return F.conv2d(x.squeeze(2), weight[:, :, -1], bias, padding=padding).unsqueeze(2)
+
+
+def after_history(x: Tensor, history: Tensor, weight: Tensor, bias: Tensor | None,
+                  padding: tuple[int, int]) -> Tensor:
+    """Convolve x [B, C, T, H, W] that follows two frames of `history`, stride 1, no padding in time."""
+    if _minimal_filtering_pays(x, weight):
+        return _minimal_filtering(x, history, weight, bias, padding)
+    return F.conv3d(torch.cat([history, x], 2), weight, bias, padding=(0, *padding))
+
+
+def _minimal_filtering_pays(x: Tensor, weight: Tensor) -> bool:
+    return (x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
+            and weight.shape[2:] == (3, 3, 3) and x.shape[0] == 1 and x.shape[2] % 2 == 0)
+
+
+def _minimal_filtering(x: Tensor, history: Tensor, weight: Tensor, bias: Tensor | None,
+                       padding: tuple[int, int]) -> Tensor:
+    past, now = history[0].movedim(1, 0), x[0].movedim(1, 0)  # [T, C, H, W], channels-last
+    pairs = now.shape[0] // 2
+
+    def frame(index: int) -> Tensor:
+        return past[index] if index < 2 else now[index - 2]
+
+    def product(kernel: Tensor, first: int, second: int, sign: int) -> Tensor:
+        """2D convolution of the combined frames first + sign * second of every pair."""
+        mixed = torch.empty_like(now[:pairs], memory_format=torch.channels_last)
+        for pair in range(pairs):
+            torch.add(frame(2 * pair + first), frame(2 * pair + second), alpha=sign, out=mixed[pair])
+        return F.conv2d(mixed, kernel.contiguous(memory_format=torch.channels_last), padding=padding)
+
+    taps = torch.tensor(_FILTER_TRANSFORM)
+    kernels = torch.einsum("jk,oikhw->joihw", taps, weight)
+    both = product(kernels[1], 1, 2, 1)
+    if bias is not None:
+        both += bias.view(-1, 1, 1)
+    difference = product(kernels[2], 2, 1, -1)
+    out = torch.empty((1, weight.shape[0], 2 * pairs, *both.shape[2:]), memory_format=torch.channels_last_3d)
+    frames = out[0].movedim(1, 0)
+    torch.sub(both, difference, out=frames[1::2])
+    frames[1::2] -= product(kernels[3], 1, 3, -1)
+    both += difference
+    both += product(kernels[0], 0, 2, -1)
+    frames[0::2] = both
+    return out
