@@ -1,4 +1,4 @@
-"""Our engine beside diffusers on this machine's CPU: same work, same process, interleaved, medians.
+"""Our engine beside diffusers: same work, same process, interleaved, medians. On a CPU, or with --device cuda.
 
     python benchmarks/compare.py dit --dtype bfloat16
     python benchmarks/compare.py vae
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--frames", type=int, default=VIDEO[0])
     parser.add_argument("--side", type=int, default=VIDEO[1])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--which", choices=("ours", "diffusers"), default="ours")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -57,12 +58,12 @@ def transformer(options: argparse.Namespace) -> None:
     from diffusers import WanTransformer3DModel
 
     dtype = getattr(torch, options.dtype)
-    ours = randomise(WanTransformer(SPEC)).to(dtype).eval()
+    ours = randomise(WanTransformer(SPEC)).to(options.device, dtype).eval()
     theirs = WanTransformer3DModel(num_attention_heads=SPEC.num_heads, attention_head_dim=128, in_channels=16,
                                    out_channels=16, ffn_dim=SPEC.ffn_dim, num_layers=SPEC.num_layers)
-    theirs = randomise(theirs).to(dtype).eval()
-    latents, timestep = torch.randn(1, 16, *GRID), torch.tensor([500.0])
-    context = torch.zeros(1, 512, SPEC.text_dim)
+    theirs = randomise(theirs).to(options.device, dtype).eval()
+    latents, timestep = torch.randn(1, 16, *GRID).to(options.device), torch.tensor([500.0], device=options.device)
+    context = torch.zeros(1, 512, SPEC.text_dim, device=options.device)
     context[:, :PROMPT_TOKENS] = torch.randn(1, PROMPT_TOKENS, SPEC.text_dim)
     text = ours.prepare_text(context)
     inputs = {"hidden_states": latents.to(dtype), "timestep": timestep, "encoder_hidden_states": context.to(dtype)}
@@ -70,14 +71,14 @@ def transformer(options: argparse.Namespace) -> None:
                         "diffusers": lambda: theirs(**inputs, return_dict=False)}, options.rounds)
     tokens = GRID[0] * GRID[1] * GRID[2] // 4
     flops = transformer_flops(SPEC, tokens)
-    show(options, times, flops=flops, limit=matmul_rate(dtype), tokens=tokens)
+    show(options, times, flops=flops, limit=matmul_rate(dtype, options.device), tokens=tokens)
 
 
 def vae_decode(options: argparse.Namespace) -> None:
     """Full-width Wan 2.1 VAE decode of 17 frames of 192x192, in float32."""
     decoders = {name: vae_decoder(name, options) for name in ("ours", "diffusers")}
     times = interleave(decoders, options.rounds)
-    show(options, times, limit=convolution_rate(), frames=options.frames, side=options.side)
+    show(options, times, limit=convolution_rate(options.device), frames=options.frames, side=options.side)
 
 
 def vae_memory(options: argparse.Namespace) -> None:
@@ -103,12 +104,12 @@ def vae_peak(options: argparse.Namespace) -> None:
 def vae_decoder(which: str, options: argparse.Namespace) -> Callable[[], torch.Tensor]:
     latents = torch.randn(1, 16, (options.frames - 1) // 4 + 1, options.side // 8, options.side // 8)
     if which == "ours":
-        ours = randomise(WanVAE(VAES["wan21_vae"])).eval()
+        ours = randomise(WanVAE(VAES["wan21_vae"])).to(options.device).eval()
         return lambda: ours.decode(latents)
     from diffusers import AutoencoderKLWan
 
-    theirs = randomise(AutoencoderKLWan()).eval()
-    return lambda: theirs.decode(latents, return_dict=False)[0]
+    theirs = randomise(AutoencoderKLWan()).to(options.device).eval()
+    return lambda: theirs.decode(latents.to(options.device), return_dict=False)[0].cpu()
 
 
 def randomise(module: nn.Module) -> nn.Module:
@@ -125,6 +126,8 @@ def interleave(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
         for name, run in work.items():
             began = time.perf_counter()
             run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if number:
                 times[name].append(time.perf_counter() - began)
     return times
@@ -137,23 +140,25 @@ def transformer_flops(spec: TransformerSpec, tokens: int) -> float:
     return 2.0 * spec.num_layers * (products + 2 * tokens * dim * (tokens + text))
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a 2048-cubed product."""
-    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-    return 2 * 2048 ** 3 / statistics.median(interleave({"": lambda: a @ b}, 7)[""])
+def matmul_rate(dtype: torch.dtype, device: str) -> float:
+    """FLOP/s of a product of large square matrices."""
+    side = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(side, side).to(device, dtype) for _ in range(2))
+    return 2 * side ** 3 / statistics.median(interleave({"": lambda: a @ b}, 7)[""])
 
 
-def convolution_rate() -> float:
+def convolution_rate(device: str) -> float:
     """FLOP/s of one channels-last 3D convolution as in the middle of the decoder."""
-    x = torch.randn(1, 192, 6, 96, 96).contiguous(memory_format=torch.channels_last_3d)
-    weight = torch.randn(192, 192, 3, 3, 3).contiguous(memory_format=torch.channels_last_3d)
+    x = torch.randn(1, 192, 6, 96, 96).to(device).contiguous(memory_format=torch.channels_last_3d)
+    weight = torch.randn(192, 192, 3, 3, 3).to(device).contiguous(memory_format=torch.channels_last_3d)
     seconds = statistics.median(interleave({"": lambda: F.conv3d(x, weight, padding=(0, 1, 1))}, 5)[""])
     return 2 * 27 * 192 * 192 * 4 * 96 * 96 / seconds
 
 
 def show(options: argparse.Namespace, times: dict[str, list[float]], **facts: float) -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
-    result = {"work": options.work, "dtype": options.dtype, "threads": options.threads, "torch": torch.__version__,
+    result = {"work": options.work, "dtype": options.dtype, "device": options.device, "threads": options.threads,
+              "torch": torch.__version__,
               "seconds": {name: round(value, 3) for name, value in medians.items()},
               "all": {name: [round(value, 3) for value in values] for name, values in times.items()},
               "ours/diffusers": round(medians["ours"] / medians["diffusers"], 3)}

@@ -71,8 +71,6 @@ def bundled_file(folder: str, name: str) -> Path | None:
 class Standalone:
     """Plain folders under the working directory: models/<folder>, output."""
 
-    manages_memory = False
-
     def model_names(self, folder: str) -> list[str]:
         """Names for a list widget: the bundled nano models, then the files of the folder ('vae', say)."""
         return [f"nano/{path.name}" for path in BUNDLED[folder]] + self._files(folder)
@@ -119,9 +117,12 @@ class Standalone:
         return None
 
     def save_target(self, prefix: str, suffix: str, width: int, height: int) -> SaveTarget:
-        """The next free file name for `prefix`, which may name subfolders of the output folder, and no others."""
+        """The next free file name for `prefix`, which may name subfolders of the output folder, and no others.
+
+        %width% and %height% in it stand for the size of the video.
+        """
         output = Path("output").resolve()
-        target = (output / prefix).resolve()
+        target = (output / prefix.replace("%width%", str(width)).replace("%height%", str(height))).resolve()
         if output not in target.parents:
             raise ValueError(f"filename_prefix {prefix!r} leads out of the output folder; use a name inside it.")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -148,8 +149,6 @@ class Standalone:
 
 class ComfyUI(Standalone):
     """The running ComfyUI."""
-
-    manages_memory = True
 
     def placement(self, kind: str) -> Placement:
         device, offload_device = {

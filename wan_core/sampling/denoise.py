@@ -70,6 +70,8 @@ def denoise(experts: Experts, latents: Tensor, schedule: Schedule, conditions: C
     run, sample = SOLVERS[solver](schedule), latents.float()
     texts: dict[tuple[str, int], TextTokens] = {}
     for index, name in enumerate(names):
+        # The last step's expert must not be held here while the next one is made ready: there is room for one.
+        model = None
         model, sigma = experts.get(name), float(schedule.sigmas[index])
         timestep = schedule.timesteps[index].to(sample.device).expand(sample.shape[0])
 

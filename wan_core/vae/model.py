@@ -63,7 +63,15 @@ class Decoder(nn.Module):
         self.head = _head(dims[-1], 3)
 
     def forward(self, z: Tensor, stream: Stream) -> Tensor:
-        return _run(self.head, _through([self.conv1, *self.middle, *self.upsamples], z, stream), stream)
+        return self.paint(self.compose(z, stream), stream)
+
+    def compose(self, z: Tensor, stream: Stream) -> Tensor:
+        """Latents to features [B, C, T, h, w]: a small part of the work, with attention over the whole frame."""
+        return _through([self.conv1, *self.middle], z, stream)
+
+    def paint(self, features: Tensor, stream: Stream) -> Tensor:
+        """Features to pixels, by convolutions only: a pixel depends on its neighbourhood alone."""
+        return _run(self.head, _through([*self.upsamples], features, stream), stream)
 
 
 class WanVAE(nn.Module):
@@ -132,13 +140,16 @@ class WanVAE(nn.Module):
         stride, step = self.spec.spatial_stride, self.spec.temporal_stride
         rows, columns = self._tiles(latents.shape[3], latents.shape[4], tiling)
         tiles = list(_grid(rows, columns, stride))
+        source, run = latents, self.decode_piece
         if len(tiles) > 1:
             out.zero_()
+            # A tile composed on its own would differ from its neighbours, as attention sees the whole frame.
+            source, run = self._compose(latents), self._paint_piece
         for number, (row, column, weight) in enumerate(tiles, 1):
             stream = Stream()
-            tile = latents[..., row.start:row.stop, column.start:column.stop]
+            tile = source[..., row.start:row.stop, column.start:column.stop]
             for index in range(latents.shape[2]):
-                piece = self._no_grad(self.decode_piece, tile[:, :, index:index + 1], stream).clamp_(-1, 1)
+                piece = self._no_grad(run, tile[:, :, index:index + 1], stream).clamp_(-1, 1)
                 start = max(0, 1 + (index - 1) * step)
                 stop = start + piece.shape[2]
                 _accumulate(out[:, :, start:stop], piece, row, column, stride, weight)
@@ -146,6 +157,24 @@ class WanVAE(nn.Module):
                     on_piece()
                 if number == len(tiles):
                     yield start, stop
+
+    def _compose(self, latents: Tensor) -> Tensor:
+        """The decoder's features of a whole clip, on the host, where they take at most half of the frames' room."""
+        def run(z: Tensor, stream: Stream) -> Tensor:
+            features = self.decoder.compose(self.conv2(_channels_last(z), stream), stream)
+            stream.first = False
+            return features
+
+        stream, first = Stream(), self.decoder.conv1
+        features = torch.empty(latents.shape[0], first.out_channels, *latents.shape[2:], dtype=first.weight.dtype)
+        for index, z in enumerate(latents.split(1, 2)):
+            features[:, :, index:index + 1] = self._no_grad(run, z, stream)
+        return features
+
+    def _paint_piece(self, features: Tensor, stream: Stream) -> Tensor:
+        pixels = self.decoder.paint(_channels_last(features), stream)
+        stream.first = False
+        return pixels
 
     def frame_buffer(self, latents: Tensor, out: Tensor | None = None) -> Tensor:
         """`out` after a check of its shape, or a new host buffer for the frames of `latents`."""

@@ -74,7 +74,7 @@ def spans(length: int, tile: int, overlap: int) -> list[Span]:
     for left, right in zip(starts, starts[1:]):
         # Never wider than the distance of two tiles, or three tiles would meet in one ramp.
         width = max(1, min(overlap, right - left))
-        low = (right + left + tile) // 2 - width // 2
+        low = (right + left + tile - width) // 2
         ramps.append((low, low + width))
     return [Span(start, start + tile, rise, fall)
             for start, rise, fall in zip(starts, [None, *ramps], [*ramps, None])]

@@ -32,6 +32,10 @@ def save_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         save_file(plain, temporary, metadata)
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
+        # safetensors makes its files private; a model file is as open as any other that the user makes.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path.name} ({human_size(size)}) could not be written: {error}. Free some space or choose "

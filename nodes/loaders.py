@@ -1,0 +1,181 @@
+"""Nodes that open model files. They read headers only; weights are read when a model first runs.
+
+The bundled nano models stand first in every list, so a new graph runs before anything is downloaded. Where a file is
+replaced on disk, `IS_CHANGED` makes ComfyUI open it again.
+"""
+
+import logging
+
+from ..wan_core.dit import BACKENDS
+from ..wan_core.memory.placement import DTYPES
+from ..wan_core.models import Model, load_experts, load_model, load_text_encoder, load_vae
+from ..wan_core.presets import PRESETS, TRANSFORMERS
+from ..wan_core.vae import Tiling
+from ..wan_core.weights import can_run
+from .host import HOST
+from .sockets import ComfyTextEncoder, ComfyVAE
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+PRECISION = ([AUTO, *DTYPES], {
+    "default": AUTO,
+    "tooltip": "What the model computes in. auto: the file's own bfloat16 or float16 on a GPU (bfloat16 for float32 "
+               "files), float32 on a CPU."})
+ATTENTION = (list(BACKENDS), {
+    "default": "sdpa",
+    "tooltip": "How attention is computed. sdpa lets PyTorch choose its fastest kernel; the others hold it to one "
+               "kernel, for comparison or where a driver's choice misbehaves."})
+
+
+class WanCoreModelLoader:
+    """A single transformer."""
+
+    DESCRIPTION = ("Opens a Wan text-to-video transformer: 2.1 T2V 1.3B or 14B, or the bundled nano model. What the "
+                   "file is, is read from its tensors. Weights are loaded when the sampler runs.")
+    CATEGORY = "Wan/loaders"
+    SEARCH_ALIASES = ["wan", "load diffusion model", "unet loader", "checkpoint", "wan 2.1", "t2v", "nano"]
+    RETURN_TYPES = ("WAN_MODEL",)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = ("The model, for Wan Sampler.",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        presets = [name for name, preset in PRESETS.items()
+                   if not preset.experts and can_run(TRANSFORMERS[preset.transformer])]
+        return {"required": {
+            "model": (HOST.model_names("diffusion_models"), {
+                "tooltip": "A file in models/diffusion_models (BF16, FP16 or FP32), or the nano model that comes with "
+                           "this pack."}),
+            "preset": ([AUTO, *presets], {
+                "default": AUTO,
+                "tooltip": "Which model this is. auto: the first that has the file's architecture. A name: the file is "
+                           "refused if it is another model, and the sampler's official values are this model's."}),
+            "precision": PRECISION,
+            "attention": ATTENTION,
+        }}
+
+    @classmethod
+    def IS_CHANGED(cls, model: str, **_others: object) -> str:
+        return HOST.fingerprint("diffusion_models", model)
+
+    def load(self, model: str, preset: str, precision: str, attention: str) -> tuple[Model]:
+        return (load_model(HOST.model_path("diffusion_models", model), preset=None if preset == AUTO else preset,
+                           placement=HOST.placement("transformer"), dtype=precision, attention=attention),)
+
+
+class WanCoreExpertPairLoader:
+    """A high- and a low-noise expert as one model."""
+
+    DESCRIPTION = ("Opens the two experts of Wan 2.2 T2V-A14B (or the bundled nano pair) as one model. The sampler "
+                   "switches between them by noise level, as the official code does, and keeps only one in memory.")
+    CATEGORY = "Wan/loaders"
+    SEARCH_ALIASES = ["wan 2.2", "a14b", "high noise", "low noise", "moe", "two models", "unet loader"]
+    RETURN_TYPES = ("WAN_MODEL",)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = ("Both experts as one model, for Wan Sampler.",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        names = HOST.model_names("diffusion_models")
+        return {"required": {
+            "high_noise": (names, {
+                "default": _first_with("high_noise", names),
+                "tooltip": "The expert that lays out the video, at high noise (...high_noise...)."}),
+            "low_noise": (names, {
+                "default": _first_with("low_noise", names),
+                "tooltip": "The expert that draws the detail, at low noise (...low_noise...)."}),
+            "precision": PRECISION,
+            "attention": ATTENTION,
+        }}
+
+    @classmethod
+    def IS_CHANGED(cls, high_noise: str, low_noise: str, **_others: object) -> str:
+        return HOST.fingerprint("diffusion_models", high_noise, low_noise)
+
+    def load(self, high_noise: str, low_noise: str, precision: str, attention: str) -> tuple[Model]:
+        # Nothing in the tensors tells the experts apart; their names usually do.
+        if "low_noise" in high_noise.lower() or "high_noise" in low_noise.lower():
+            log.warning("Wan: the high-noise expert is %s and the low-noise expert %s; they seem to be swapped.",
+                        high_noise, low_noise)
+        return (load_experts(HOST.model_path("diffusion_models", high_noise),
+                             HOST.model_path("diffusion_models", low_noise),
+                             placement=HOST.placement("transformer"), dtype=precision, attention=attention),)
+
+
+class WanCoreTextEncoderLoader:
+    """A UMT5 encoder as ComfyUI's CLIP."""
+
+    DESCRIPTION = ("Opens a UMT5 text encoder with its tokenizer. The result works in Wan Text Encode and in ComfyUI's "
+                   "own CLIP Text Encode.")
+    CATEGORY = "Wan/loaders"
+    SEARCH_ALIASES = ["wan", "umt5", "t5", "clip loader", "load clip", "text encoder"]
+    RETURN_TYPES = ("CLIP",)
+    RETURN_NAMES = ("clip",)
+    OUTPUT_TOOLTIPS = ("The text encoder, for Wan Text Encode or CLIP Text Encode.",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {
+            "text_encoder": (HOST.model_names("text_encoders"), {
+                "tooltip": "A file in models/text_encoders: umt5_xxl as BF16 or FP16 for the released models, the nano "
+                           "encoder for the nano models. A file without tokenizer needs Google's spiece.model "
+                           "beside it."}),
+        }}
+
+    @classmethod
+    def IS_CHANGED(cls, text_encoder: str) -> str:
+        return HOST.fingerprint("text_encoders", text_encoder)
+
+    def load(self, text_encoder: str) -> tuple[ComfyTextEncoder]:
+        encoder = load_text_encoder(HOST.model_path("text_encoders", text_encoder),
+                                    placement=HOST.placement("text_encoder"))
+        return (ComfyTextEncoder(encoder),)
+
+
+class WanCoreVAELoader:
+    """A video VAE as ComfyUI's VAE."""
+
+    DESCRIPTION = ("Opens a Wan 2.1 VAE. It decodes and encodes in pieces along time, so memory does not grow with the "
+                   "clip's length; tiles bound it for large pictures. The result works in Wan Decode and in ComfyUI's "
+                   "own VAE nodes.")
+    CATEGORY = "Wan/loaders"
+    SEARCH_ALIASES = ["wan", "load vae", "wan vae", "tiled vae"]
+    RETURN_TYPES = ("VAE",)
+    RETURN_NAMES = ("vae",)
+    OUTPUT_TOOLTIPS = ("The VAE, for Wan Decode, VAE Decode, VAE Encode and their tiled kinds.",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {
+            "vae": (HOST.model_names("vae"), {
+                "tooltip": "A file in models/vae: wan_2.1_vae for the released 2.1 and 2.2 14B models, the nano VAE "
+                           "for the nano models."}),
+            "precision": PRECISION,
+            "tile_size": ("INT", {
+                "default": 0, "min": 0, "max": 4096, "step": 32,
+                "tooltip": "Side of the tiles in pixels, in which the picture is decoded and encoded to save memory. "
+                           "0: the whole picture at once."}),
+            "tile_overlap": ("INT", {
+                "default": 64, "min": 8, "max": 1024, "step": 8,
+                "tooltip": "Pixels that neighbouring tiles share and blend, at most half a tile. Counts only with a "
+                           "tile_size."}),
+        }}
+
+    @classmethod
+    def IS_CHANGED(cls, vae: str, **_others: object) -> str:
+        return HOST.fingerprint("vae", vae)
+
+    def load(self, vae: str, precision: str, tile_size: int, tile_overlap: int) -> tuple[ComfyVAE]:
+        tiling = Tiling(tile_size, tile_size, tile_overlap) if tile_size else None
+        return (ComfyVAE(load_vae(HOST.model_path("vae", vae), placement=HOST.placement("vae"), dtype=precision,
+                                  tiling=tiling)),)
+
+
+def _first_with(part: str, names: list[str]) -> str:
+    return next(name for name in names if part in name)

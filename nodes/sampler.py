@@ -1,0 +1,195 @@
+"""The sampler: one node for single models and for expert pairs.
+
+Partly denoised latents are exchanged as ComfyUI's samplers do for flow models: noise included, divided by 1 - sigma.
+So a run can be split between two samplers, ours or the core's. Reference: ComfyUI's `comfy/model_sampling.py`, class
+CONST.
+"""
+
+import logging
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..wan_core.models import Model
+from ..wan_core.pipeline import initial_noise, sample
+from ..wan_core.sampling import SOLVERS, Conditions, Guidance, Schedule, Step, make_schedule, partial
+from ..wan_core.sampling import schedule_from_sigmas as from_sigmas
+from .conditioning import text_conditions
+from .host import HOST
+from .latent import MADE_FOR
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Widgets:
+    """The node's widgets; see their tooltips. A shift or guidance of 0 stands for the model's own."""
+
+    seed: int
+    steps: int
+    solver: str
+    shift: float
+    guidance: float
+    guidance_low: float
+    denoise: float
+    start_step: int
+    end_step: int
+    add_noise: bool
+
+    def shift_for(self, model: Model) -> float:
+        return self.shift or model.preset.sampling.shift
+
+    def guidance_for(self, model: Model) -> Guidance:
+        """The scales of both experts. A single model has one scale, which the engine calls the low expert's."""
+        official = model.preset.sampling
+        if not model.preset.experts:
+            if self.guidance_low:
+                log.warning("Wan: guidance_low is for expert pairs; %s is sampled with guidance alone.",
+                            model.preset.title)
+            scale = self.guidance or official.guidance_low
+            return Guidance(scale, scale)
+        return Guidance(self.guidance or official.guidance_high,
+                        self.guidance_low or self.guidance or official.guidance_low)
+
+    def schedule_for(self, model: Model, sigmas: Tensor | None) -> Schedule:
+        """The noise levels to be run, from the widgets or from `sigmas`."""
+        whole = (make_schedule(self.solver, self.steps, self.shift_for(model), self.denoise) if sigmas is None
+                 else from_sigmas(sigmas))
+        return partial(whole, self.start_step, self.end_step)
+
+
+class WanCoreSampler:
+    """Denoises a latent."""
+
+    DESCRIPTION = ("Makes the video, as a latent. With an expert pair it switches from the high- to the low-noise "
+                   "expert at the model's boundary by itself. The same seed gives the same video on every machine but "
+                   "for rounding.")
+    CATEGORY = "Wan/sampling"
+    SEARCH_ALIASES = ["wan", "ksampler", "ksampler advanced", "denoise", "unipc", "dpm++", "euler", "moe sampler"]
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("latent",)
+    OUTPUT_TOOLTIPS = ("The denoised latent, for Wan Decode or VAE Decode.",)
+    FUNCTION = "sample"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "model": ("WAN_MODEL", {
+                    "tooltip": "The model, from Wan Model Loader or Wan Expert Pair Loader."}),
+                "positive": ("CONDITIONING", {
+                    "tooltip": "What the video should show, from Wan Text Encode or CLIP Text Encode."}),
+                "negative": ("CONDITIONING", {
+                    "tooltip": "What it should not show. Not used where guidance is 1."}),
+                "latent": ("LATENT", {
+                    "tooltip": "Size and length of the video (Wan Empty Latent, EmptyHunyuanLatentVideo), or a video "
+                               "to start from (VAE Encode) with denoise below 1."}),
+                **_widgets(),
+            },
+            "optional": {
+                "sigmas": ("SIGMAS", {
+                    "tooltip": "Noise levels from another node, 1 falling to 0. They take the place of steps, shift "
+                               "and denoise."}),
+            },
+        }
+
+    def sample(self, model: Model, positive: list, negative: list, latent: dict, sigmas: Tensor | None = None,
+               **widgets: object) -> tuple[dict]:
+        options = Widgets(**widgets)
+        samples = latent["samples"]
+        if latent.get("noise_mask") is not None:
+            raise ValueError("the latent carries a noise mask, which this sampler does not support yet. Remove Set "
+                             "Latent Noise Mask, or sample with ComfyUI's own nodes.")
+        model.check_latents(samples)
+        shift, guidance = options.shift_for(model), options.guidance_for(model)
+        schedule = options.schedule_for(model, sigmas)
+        conditions = Conditions(text_conditions(positive, shift, samples.shape[0], "positive"),
+                                text_conditions(negative, shift, samples.shape[0], "negative"))
+        noise = initial_noise(tuple(samples.shape), options.seed) if options.add_noise else None
+        log.info("Wan: %s, %d steps of %s from sigma %.3f to %.3f, shift %g, guidance %s", model.preset.title,
+                 schedule.steps, options.solver, schedule.sigmas[0], schedule.sigmas[-1], shift,
+                 f"{guidance.high:g} and {guidance.low:g}" if model.preset.experts else f"{guidance.low:g}")
+        model = HOST.with_room(model, _working_memory(model, samples))
+        previewer = HOST.previewer(model.vae_spec, model.placement.device)
+        with HOST.progress(schedule.steps, "Wan sampler") as advance:
+            def on_step(step: Step) -> None:
+                advance(previewer(step.clean) if previewer else None)
+
+            result = sample(model, samples if noise is not None else _noisy(model, samples, schedule), schedule,
+                            conditions, guidance, noise=noise, solver=options.solver, on_step=on_step,
+                            on_block=lambda block: HOST.check_interrupt())
+        result = _exchanged(model, result, schedule).to(HOST.result_device())
+        return ({**latent, "samples": result, MADE_FOR: model.preset.vae},)
+
+
+def _widgets() -> dict:
+    return {
+        "seed": ("INT", {
+            "default": 0, "min": 0, "max": 0xffffffffffffffff, "control_after_generate": True,
+            "tooltip": "The noise that the video begins as. The same seed and settings give the same video."}),
+        "steps": ("INT", {
+            "default": 50, "min": 1, "max": 1000,
+            "tooltip": "Steps from noise to video: officially 50 for Wan 2.1, 40 for Wan 2.2 A14B, 20 for nano. Fewer "
+                       "are faster and coarser."}),
+        "solver": (list(SOLVERS), {
+            "default": "unipc",
+            "tooltip": "unipc: Wan's own. dpm++: official as well. euler: simplest, for models distilled to few steps. "
+                       "Each has its official noise schedule."}),
+        "shift": ("FLOAT", {
+            "default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1,
+            "tooltip": "How many of the steps are spent at high noise, on layout and motion. 0: the model's own (5 for "
+                       "Wan 2.1 T2V, 12 for Wan 2.2 T2V-A14B, 3 for nano)."}),
+        "guidance": ("FLOAT", {
+            "default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1,
+            "tooltip": "How strongly the video follows the prompt (CFG); with an expert pair, at high noise. 1: no "
+                       "guidance, twice as fast. 0: the model's own (5 for Wan 2.1, 4 for Wan 2.2 T2V-A14B)."}),
+        "guidance_low": ("FLOAT", {
+            "default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1,
+            "tooltip": "Expert pairs only: the guidance of the low-noise expert. 0: the same as guidance or, if that "
+                       "is 0 too, the model's own (3 for Wan 2.2 T2V-A14B)."}),
+        "denoise": ("FLOAT", {
+            "default": 1.0, "min": 0.01, "max": 1.0, "step": 0.01,
+            "tooltip": "1: from pure noise. Below: how much of a given latent is made anew; all steps are then taken "
+                       "in that last part of the schedule."}),
+        "start_step": ("INT", {
+            "default": 0, "min": 0, "max": 1000,
+            "tooltip": "The first step to run, to go on from another sampler that stopped there (with add_noise "
+                       "off)."}),
+        "end_step": ("INT", {
+            "default": 1000, "min": 1, "max": 1000,
+            "tooltip": "The step to stop before; the latent then still holds noise, for another sampler to go on from. "
+                       "Beyond the last step: run to the end."}),
+        "add_noise": ("BOOLEAN", {
+            "default": True, "label_on": "yes", "label_off": "no",
+            "tooltip": "Whether noise is mixed in first. no: the latent comes from a sampler that stopped at "
+                       "start_step."}),
+    }
+
+
+def _noisy(model: Model, samples: Tensor, schedule: Schedule) -> Tensor:
+    """A latent that another sampler left with noise in it, as the engine takes it."""
+    if not samples.count_nonzero():
+        return samples
+    stats = model.latent_stats
+    return stats.restore(stats.normalise(samples.float()) * (1 - schedule.sigmas[0].item()))
+
+
+def _exchanged(model: Model, samples: Tensor, schedule: Schedule) -> Tensor:
+    """The inverse of `_noisy` for a run that stops early; nothing to do at sigma 0."""
+    sigma = schedule.sigmas[-1].item()
+    if sigma == 0:
+        return samples
+    stats = model.latent_stats
+    return stats.restore(stats.normalise(samples) / (1 - sigma))
+
+
+def _working_memory(model: Model, samples: Tensor) -> int:
+    """Bytes that a run needs beside the weights: what is alive at the widest point of a block.
+
+    The residual stream is float32; the normed input, the feed-forward network's hidden layer before and after its
+    activation, and a little else are in the working precision, for which two bytes are assumed: only on an accelerator
+    does the figure matter.
+    """
+    batch, _, frames, height, width = samples.shape
+    tokens = batch * frames * height * width // 4
+    return tokens * (model.spec.dim * (4 + 4 * 2) + 2 * 2 * model.spec.ffn_dim)

@@ -1,0 +1,141 @@
+"""What saved workflows and the page rely on: ids, the order of widgets, tooltips, help pages; and a clean import."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACK = Path(__file__).resolve().parent.parent.parent
+
+# Saved workflows store widget values by position. Lines may be appended to a list, never inserted, moved or removed.
+WIDGETS = {
+    "WanCoreModelLoader": ["model", "preset", "precision", "attention"],
+    "WanCoreExpertPairLoader": ["high_noise", "low_noise", "precision", "attention"],
+    "WanCoreTextEncoderLoader": ["text_encoder"],
+    "WanCoreVAELoader": ["vae", "precision", "tile_size", "tile_overlap"],
+    "WanCoreTextEncode": ["positive", "negative", "official_negative"],
+    "WanCoreEmptyLatent": ["width", "height", "length", "batch_size"],
+    "WanCoreSampler": ["seed", "steps", "solver", "shift", "guidance", "guidance_low", "denoise", "start_step",
+                       "end_step", "add_noise"],
+    "WanCoreDecode": ["tile_size", "tile_overlap"],
+    "WanCoreSaveVideo": ["fps", "filename_prefix", "crf"],
+}
+SOCKETS = {
+    "WanCoreModelLoader": ([], ["WAN_MODEL"]),
+    "WanCoreExpertPairLoader": ([], ["WAN_MODEL"]),
+    "WanCoreTextEncoderLoader": ([], ["CLIP"]),
+    "WanCoreVAELoader": ([], ["VAE"]),
+    "WanCoreTextEncode": (["clip CLIP"], ["CONDITIONING", "CONDITIONING"]),
+    "WanCoreEmptyLatent": ([], ["LATENT"]),
+    "WanCoreSampler": (["model WAN_MODEL", "positive CONDITIONING", "negative CONDITIONING", "latent LATENT",
+                        "sigmas SIGMAS"], ["LATENT"]),
+    "WanCoreDecode": (["samples LATENT", "vae VAE"], ["IMAGE"]),
+    "WanCoreSaveVideo": (["images IMAGE"], []),
+}
+WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN")
+
+
+def inputs(node: type) -> dict[str, tuple]:
+    """All visible inputs of a node in their order."""
+    declared = node.INPUT_TYPES()
+    return {**declared["required"], **declared.get("optional", {})}
+
+
+def is_widget(kind: object) -> bool:
+    return isinstance(kind, list) or kind in WIDGET_TYPES
+
+
+@pytest.fixture(params=sorted(WIDGETS))
+def node(request, pack) -> type:
+    return pack.NODE_CLASS_MAPPINGS[request.param]
+
+
+def test_ids_and_widgets_stay(pack):
+    """Promise: ids never change, widgets are only ever appended, sockets keep names and types."""
+    nodes = pack.NODE_CLASS_MAPPINGS
+    assert set(nodes) >= set(WIDGETS), "a node has gone; saved workflows need it"
+    assert set(nodes) == set(WIDGETS), "a new node: add it to the tables of this test"
+    for name, node in nodes.items():
+        assert [key for key, (kind, _) in inputs(node).items() if is_widget(kind)] == WIDGETS[name]
+        sockets = [f"{key} {kind}" for key, (kind, _) in inputs(node).items() if not is_widget(kind)]
+        assert (sockets, list(node.RETURN_TYPES)) == SOCKETS[name]
+
+
+def test_names(pack):
+    """Promise: ids begin with WanCore, display names with Wan, and categories with Wan/."""
+    assert set(pack.NODE_DISPLAY_NAME_MAPPINGS) == set(pack.NODE_CLASS_MAPPINGS)
+    assert all(name.startswith("WanCore") for name in pack.NODE_CLASS_MAPPINGS)
+    assert all(name.startswith("Wan ") for name in pack.NODE_DISPLAY_NAME_MAPPINGS.values())
+    assert all(node.CATEGORY.startswith("Wan/") for node in pack.NODE_CLASS_MAPPINGS.values())
+
+
+def test_everything_is_explained(node):
+    """Promise: a tooltip on every input and output, a description, search aliases."""
+    assert all(options.get("tooltip") for _, options in inputs(node).values())
+    assert len(getattr(node, "OUTPUT_TOOLTIPS", ())) == len(node.RETURN_TYPES)
+    assert len(getattr(node, "RETURN_NAMES", ())) == len(node.RETURN_TYPES)
+    assert node.DESCRIPTION and node.SEARCH_ALIASES
+    assert callable(getattr(node, node.FUNCTION))
+
+
+def test_declarations_are_json(node):
+    """Promise: the server can describe the node to the page; every default is allowed by its own widget."""
+    json.dumps(node.INPUT_TYPES(), allow_nan=False)
+    for name, (kind, options) in inputs(node).items():
+        default = options.get("default")
+        if isinstance(kind, list) and default is not None:
+            assert default in kind, name
+        if kind in ("INT", "FLOAT"):
+            assert options["min"] <= default <= options["max"], name
+
+
+def test_help_page(node):
+    """Promise: each node has a help page that names every input and output."""
+    page = (PACK / "web" / "docs" / f"{node.__name__}.md").read_text(encoding="utf-8")
+    names = [*inputs(node), *getattr(node, "RETURN_NAMES", ())]
+    assert [name for name in names if f"`{name}`" not in page] == []
+
+
+def test_class_attributes_are_not_shared_state(node):
+    """Promise: a node class has no attribute that a run could change for all others but its list of aliases."""
+    mutable = [name for name, value in vars(node).items() if isinstance(value, list | dict | set)]
+    assert mutable == ["SEARCH_ALIASES"]
+
+
+def test_import_is_cheap_and_clean():
+    """Promise: beyond torch the import takes under half a second of processor time, touches no device, warns of nothing
+    and imports none of ComfyUI, diffusers or transformers."""
+    probe = f"""
+import importlib.util, sys, time, warnings
+import torch
+warnings.simplefilter("error")
+begin = time.process_time()
+spec = importlib.util.spec_from_file_location("a_pack", {str(PACK / "__init__.py")!r})
+module = importlib.util.module_from_spec(spec)
+sys.modules["a_pack"] = module
+spec.loader.exec_module(module)
+seconds = time.process_time() - begin
+heavy = {{"comfy", "folder_paths", "diffusers", "transformers", "accelerate", "torchvision"}} & sys.modules.keys()
+assert not heavy and not torch.cuda.is_initialized(), heavy
+sys.stdout.write(str(seconds))
+"""
+    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    assert float(run.stdout) < 0.5
+
+
+def test_only_the_host_knows_comfyui():
+    """Promise: no file but nodes/host.py imports a module of ComfyUI."""
+    hosts = ("comfy", "folder_paths", "latent_preview", "nodes", "execution", "server", "node_helpers")
+    found = set()
+    for path in [*PACK.glob("nodes/**/*.py"), *PACK.glob("wan_core/**/*.py"), PACK / "__init__.py"]:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            words = line.split()
+            if words[:1] in (["import"], ["from"]) and words[1].split(".")[0] in hosts:
+                found.add(path.relative_to(PACK).as_posix())
+    assert found == {"nodes/host.py"}
+    assert importlib.util.find_spec("folder_paths") is None, "these tests are meant to run without ComfyUI"

@@ -1,0 +1,85 @@
+"""Our text encoder and VAE as ComfyUI's CLIP and VAE objects."""
+
+import pytest
+import torch
+
+
+def test_clip_encodes_as_the_engine(nano, module):
+    """Promise: tokenize and encode_from_tokens_scheduled give the engine's embeddings, weights included."""
+    clip, text = nano["clip"], "a (red:1.3) circle moving left"
+    (embedding, options), = clip.encode_from_tokens_scheduled(clip.tokenize(text), add_dict={"key": 1})
+    assert torch.equal(embedding, clip.encoder.encode([text]))
+    assert options == {"pooled_output": None, "key": 1}
+    plain, = clip.encode_from_tokens_scheduled(clip.tokenize("a red circle moving left"))
+    assert not torch.equal(embedding, plain[0])
+
+
+def test_clip_tokens_are_comfyuis(nano):
+    """Promise: tokens are rows of (id, weight) under the core's name, end token last; padding that is added is ignored."""
+    clip = nano["clip"]
+    tokens = clip.tokenize("(red:1.5) circle")
+    row, = tokens["umt5xxl"]
+    assert row[-1] == (1, 1.0) and {weight for _, weight in row} == {1.5, 1.0}
+    padded = {"umt5xxl": [row + [(0, 1.0)] * 20]}
+    assert torch.equal(clip.encode_from_tokens(padded), clip.encode("(red:1.5) circle"))
+
+
+def test_clip_return_forms(nano):
+    """Promise: older encode nodes get the forms that they ask for."""
+    clip = nano["clip"].clone()
+    tokens = clip.tokenize("red")
+    embedding, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
+    assert pooled is None and torch.equal(embedding, clip.encode("red"))
+    assert clip.encode_from_tokens(tokens, return_dict=True).keys() == {"cond", "pooled_output"}
+
+
+@pytest.mark.parametrize("name", ["add_patches", "patcher", "clip_layer"])
+def test_clip_patching_is_refused(nano, name):
+    """Promise: nodes that patch a CLIP model get an error that says what to do."""
+    with pytest.raises(AttributeError, match=f"without '{name}'.*Load CLIP"):
+        getattr(nano["clip"], name)
+    assert not hasattr(nano["clip"], name)
+
+
+def test_vae_decodes_to_images(nano):
+    """Promise: decode gives the engine's pixels as [B, F, H, W, 3] in 0..1."""
+    latents = torch.randn(2, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    images = nano["vae"].decode(latents)
+    expected = nano["vae"].vae.decode(latents).movedim(1, -1) / 2 + 0.5
+    assert images.shape == (2, 5, 32, 32, 3) and images.is_contiguous()
+    torch.testing.assert_close(images, expected)
+
+
+def test_vae_tiles(nano):
+    """Promise: sizes of VAEDecodeTiled and VAEEncodeTiled reach the engine as tiles, whatever the overlap."""
+    latents = torch.randn(1, 16, 2, 8, 12, generator=torch.Generator().manual_seed(0))
+    vae = nano["vae"]
+    images = vae.decode(latents)
+    covering = vae.decode_tiled(latents, tile_x=12, tile_y=8, overlap=0, tile_t=16, overlap_t=2)
+    torch.testing.assert_close(covering, images)
+    tiled = vae.decode_tiled(latents, tile_x=8, tile_y=8, overlap=2)
+    assert tiled.shape == images.shape and not torch.equal(tiled, images)
+    pixels = torch.rand(5, 64, 96, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(vae.encode_tiled(pixels, tile_x=96, tile_y=64, overlap=0), vae.encode(pixels))
+
+
+def test_vae_encodes_images(nano):
+    """Promise: a clip in 0..1 becomes raw latents; alpha is dropped; off the grid it is cut as the core cuts it."""
+    vae = nano["vae"]
+    clip = torch.rand(5, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    latents = vae.encode(clip)
+    assert latents.shape == (1, 16, 2, 4, 4)
+    torch.testing.assert_close(latents, vae.vae.encode(clip.movedim(-1, 0)[None] * 2 - 1))
+    assert torch.equal(vae.encode(torch.cat([clip, torch.rand(5, 32, 32, 1)], -1)), latents)
+    wider = torch.nn.functional.pad(clip, (0, 0, 2, 2, 1, 1, 0, 3), value=0.5)
+    assert torch.equal(vae.encode(wider), latents)
+    assert torch.equal(vae.encode(torch.stack([clip, clip])), vae.vae.encode(torch.stack([clip] * 2).movedim(-1, 1) * 2 - 1))
+
+
+def test_vae_describes_itself(nano):
+    """Promise: what core nodes ask of a VAE before they use it."""
+    vae = nano["vae"]
+    assert (vae.latent_channels, vae.latent_dim) == (16, 3)
+    assert (vae.spacial_compression_decode(), vae.spacial_compression_encode()) == (8, 8)
+    assert vae.temporal_compression_decode() == 4
+    assert "decoder.head.0.gamma" in vae.get_sd()
