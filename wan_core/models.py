@@ -4,6 +4,8 @@ A handle is immutable and cheap. Making one reads a file's header and no weights
 runs, by the handle's placement. Changed copies (`dataclasses.replace`) share the files and the placement.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import nano
-from .dit import WanTransformer
+from .dit import WanTransformer, check_backend
 from .memory import OneAtATime, Placement, working_dtype
 from .presets import PRESETS, VAES, Preset, TextEncoderSpec, TransformerSpec, VAESpec
 from .text import Tokenizer, UMT5Encoder, encode_prompts
@@ -50,9 +52,11 @@ class Part:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """The dtype that most weights of the file have."""
-        dtypes = list(self.file.dtypes().values())
-        return max(set(dtypes), key=dtypes.count)
+        """The dtype that most numbers of the file have."""
+        shapes, counts = self.file.shapes(), Counter()
+        for name, dtype in self.file.dtypes().items():
+            counts[dtype] += math.prod(shapes[name])
+        return counts.most_common(1)[0][0]
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The module on `device`, computing in `dtype`, its weights read from the file."""
@@ -65,7 +69,10 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A transformer, or a high- and a low-noise expert, with its preset and how to run it."""
+    """A transformer, or a high- and a low-noise expert, with its preset and how to run it.
+
+    Raises ValueError for an unknown precision or attention backend.
+    """
 
     high: Part
     low: Part
@@ -73,6 +80,10 @@ class Model:
     placement: Placement
     dtype: str = "auto"
     attention: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        check_backend(self.attention)
+        working_dtype(self.dtype, self.low.stored_dtype, self.placement.device)
 
     @property
     def boundary(self) -> float | None:
@@ -137,12 +148,17 @@ class TextEncoder:
 
 @dataclass(frozen=True, eq=False)
 class VideoVAE:
-    """A video VAE and how to run it."""
+    """A video VAE and how to run it. Raises ValueError for an unknown precision or tiles off the grid."""
 
     part: Part
     placement: Placement
     dtype: str = "auto"
     tiling: Tiling | None = None
+
+    def __post_init__(self) -> None:
+        working_dtype(self.dtype, self.part.stored_dtype, self.placement.device)
+        if self.tiling:
+            self.tiling.check(self.spec.spatial_stride)
 
     @property
     def spec(self) -> VAESpec:
@@ -210,8 +226,6 @@ def load_vae(path: str | Path = NANO, *, placement: Placement | None = None, dty
              tiling: Tiling | None = None) -> VideoVAE:
     """A video VAE, or the bundled one for "nano". Raises LoadError for another file."""
     part = Part.open(nano.VAE if path == NANO else path, "vae")
-    if tiling:
-        tiling.check(part.spec.spatial_stride)
     return VideoVAE(part, placement or OneAtATime(), dtype, tiling)
 
 

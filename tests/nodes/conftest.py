@@ -1,4 +1,4 @@
-"""The pack as ComfyUI imports it, without ComfyUI: under a made-up package name, its modules reached by relative imports.
+"""The pack as ComfyUI imports it, without ComfyUI: under a made-up package name, its modules by relative imports.
 
 Names of the pack's own modules (the nodes' engine among them) come from the `module` fixture: a plain `import wan_core`
 would be another copy of the same code.

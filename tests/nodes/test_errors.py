@@ -25,7 +25,7 @@ def test_empty_prompt(call, nano):
 
 
 def test_official_negative(call, nano):
-    """Promise: a blank negative prompt is the official one of the encoder's models unless switched off; text is kept."""
+    """Promise: a blank negative prompt is the official one of the encoder's models unless switched off."""
     class Recorder:
         """A text encoder from elsewhere, which knows nothing of presets."""
 
@@ -44,7 +44,7 @@ def test_official_negative(call, nano):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"latent": {"samples": torch.zeros(1, 4, 8, 8)}}, "latents have shape.*empty-latent node"),
+    ({"latent": {"samples": torch.zeros(1, 4, 8, 8)}}, "latents have shape.*same family"),
     ({"latent": {"samples": torch.zeros(1, 16, 2, 5, 4)}}, "multiples of 16"),
     ({"latent": {"samples": torch.zeros(1, 16, 2, 4, 4), "noise_mask": torch.ones(1)}}, "noise mask"),
     ({"steps": 0}, "steps must be a whole number from 1"),

@@ -53,9 +53,14 @@ def official(case) -> WanVAE:
     return vae
 
 
+def statistics(case) -> LatentStats:
+    """Those of the case, which are not the released ones."""
+    return LatentStats(tuple(case.inputs["mean"].tolist()), tuple(case.inputs["std"].tolist()))
+
+
 def test_encode_equals_the_official_vae(case, official):
     """Golden case: a clip of 9 frames and its first frame alone, normalised, within 1e-4."""
-    stats = LatentStats.of(official.spec)
+    stats = statistics(case)
     video = case.inputs["video"]
     torch.testing.assert_close(stats.normalise(official.encode(video)), case.outputs["encoded"], atol=1e-4, rtol=0)
     torch.testing.assert_close(stats.normalise(official.encode(video[:, :, :1])), case.outputs["encoded_first_frame"],
@@ -66,15 +71,9 @@ def test_encode_equals_the_official_vae(case, official):
 def test_decode_equals_the_official_vae(case, official, source, expected):
     """Golden case: a given latent and the encoded clip decode to the official pixels, clamped, within 1e-4."""
     latents = case.inputs.get(source, case.outputs.get(source))
-    pixels = official.decode(LatentStats.of(official.spec).restore(latents))
+    pixels = official.decode(statistics(case).restore(latents))
+    assert (case.outputs[expected].abs() < 1).float().mean() > 0.5  # most pixels are not clamped
     torch.testing.assert_close(pixels, case.outputs[expected].clamp(-1, 1), atol=1e-4, rtol=0)
-
-
-def test_statistics_are_the_official_ones(case):
-    """The preset's mean and deviation are those of the official constructor."""
-    stats = LatentStats.of(VAES["wan21_vae"])
-    torch.testing.assert_close(torch.tensor(stats.mean), case.inputs["mean"], atol=1e-6, rtol=0)
-    torch.testing.assert_close(torch.tensor(stats.std), case.inputs["std"], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("change", [

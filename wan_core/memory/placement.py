@@ -36,7 +36,8 @@ class OneAtATime:
     """Keeps the last part that was asked for; asking for another drops it first, so the two never share the device."""
 
     def __init__(self, device: torch.device | str | None = None) -> None:
-        self.device = torch.device(device) if device is not None else default_device()
+        """`device` is the accelerator, if there is one, unless given. Raises ValueError for one that is not there."""
+        self.device = _checked(device) if device is not None else default_device()
         self._held: tuple[Buildable, torch.dtype, nn.Module] | None = None
 
     def place(self, part: Buildable, dtype: torch.dtype) -> nn.Module:
@@ -49,6 +50,16 @@ class OneAtATime:
 
     def clear(self) -> None:
         self._held = None
+
+
+def _checked(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    # Unknown names, missing drivers and builds without the device's code: each fails in its own way.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device '{device}' cannot be used here: {reason}. Use cpu, or an accelerator that this "
+                         "machine and its PyTorch have.") from error
 
 
 def default_device() -> torch.device:

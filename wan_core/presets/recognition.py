@@ -142,7 +142,7 @@ def _transformer(shapes: Shapes, dialect: str) -> Recognition:
         vace_layers=tuple(range(0, num_layers, max(1, num_layers // vace)))[:vace] if vace else (),
         vace_in_dim=_size(shapes, "vace_patch_embedding.weight", 1) if vace else None)
     names = tuple(preset.name for preset in PRESETS.values()
-                  if _same(TRANSFORMERS[preset.transformer], spec, "text_len", "eps"))
+                  if _same(TRANSFORMERS[preset.transformer], spec, "text_len", "eps", "num_heads"))
     if names:
         return Recognition("transformer", names, TRANSFORMERS[PRESETS[names[0]].transformer], _candidates(names))
     return Recognition("transformer", (), spec, f"a Wan transformer of type {spec.model_type}, width {dim}, "

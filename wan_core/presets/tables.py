@@ -63,8 +63,9 @@ TRANSFORMERS = MappingProxyType({
         _T2V_1_3B, model_type="ti2v", dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, out_dim=48),
     "wan22_s2v_14b": replace(_T2V_14B, model_type="s2v"),
     "wan22_animate_14b": replace(_I2V_14B, model_type="animate"),
+    # Released heads have 128 channels; a model this narrow needs several smaller ones to learn motion.
     "nano_t2v": TransformerSpec(
-        model_type="t2v", dim=128, ffn_dim=384, num_heads=1, num_layers=6, text_dim=96, text_len=512),
+        model_type="t2v", dim=128, ffn_dim=384, num_heads=4, num_layers=6, text_dim=96, text_len=512),
 })
 
 _WAN21_VAE = VAESpec(kind="wan21", dim=96, decoder_dim=96, z_dim=16, mean=_WAN21_MEAN, std=_WAN21_STD)

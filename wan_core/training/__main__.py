@@ -51,7 +51,7 @@ def _vae(options: argparse.Namespace) -> None:
 
 def _t2v(options: argparse.Namespace) -> None:
     pieces = train_tokenizer(all_prompts(), TEXT_ENCODERS["nano_umt5"].vocab_size)
-    training = T2VTraining(steps=options.steps or 6000)
+    training = T2VTraining(steps=options.steps or 5000)
     clips = Clips(load_vae().module(), Tokenizer.from_bytes(pieces), training, options.run / "latents.pt")
     model = train_t2v(training, clips, options.run)
     _save(nano.T2V, model.transformer.state_dict(), "wan_nano_t2v")

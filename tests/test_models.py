@@ -1,0 +1,245 @@
+"""Handles: opening reads a header and no weights, what does not fit is refused, precision reaches the right tensors."""
+
+import time
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.small_models import save_module, write_hollow, write_text_encoder
+from wan_core.conditioning import TextCondition
+from wan_core.dit import WanTransformer
+from wan_core.memory import OneAtATime
+from wan_core.models import Part, load_experts, load_model, load_text_encoder, load_vae
+from wan_core.presets import PRESETS, TRANSFORMERS, VAES, TransformerSpec
+from wan_core.sampling import Conditions, Guidance, denoise, make_schedule
+from wan_core.training.nano_tokenizer import train_tokenizer
+from wan_core.vae import Tiling
+from wan_core.weights import LoadError, expected_shapes, save_weights
+
+CPU = OneAtATime("cpu")
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """Files with the released models' tensors, hollow: 28.6 GB and 2.8 GB that are not there."""
+    folder = tmp_path_factory.mktemp("released")
+    return {name: write_hollow(folder / f"{name}.safetensors", expected_shapes(TRANSFORMERS[name]))
+            for name in ("wan21_t2v_14b", "wan21_t2v_1_3b")}
+
+
+def resident_bytes() -> int:
+    """Memory in use by this process; 0 where the system does not say it in Linux's way."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * 4096 if statm.exists() else 0
+
+
+def test_opening_reads_the_header_alone(released):
+    """A handle on two experts of 28.6 GB is made in a moment and takes no memory for weights."""
+    path = released["wan21_t2v_14b"]
+    assert path.stat().st_size > 28e9
+    began, before = time.process_time(), resident_bytes()
+    model = load_experts(path, path, placement=CPU)
+    assert time.process_time() - began < 5
+    assert resident_bytes() - before < 100e6
+    assert model.preset is PRESETS["wan22_t2v_a14b"] and model.high.stored_dtype == torch.bfloat16
+    assert model.spec == TRANSFORMERS["wan21_t2v_14b"] and model.high.label == "wan21_t2v_14b.safetensors"
+
+
+def test_the_architecture_decides_on_the_preset(released):
+    """Among presets of one architecture the plain one is taken unless another is named; pairs are pairs."""
+    path = released["wan21_t2v_14b"]
+    assert load_model(path, placement=CPU).preset.name == "wan21_t2v_14b"
+    assert load_model(path, preset="wan21_t2i_14b", placement=CPU).preset.name == "wan21_t2i_14b"
+    assert load_experts(path, path, preset="wan22_t2v_a14b", placement=CPU).preset.name == "wan22_t2v_a14b"
+    assert load_model(released["wan21_t2v_1_3b"], placement=CPU).preset.name == "wan21_t2v_1_3b"
+
+
+def test_presets_that_do_not_fit_are_refused(released, files):
+    """An unknown preset, one of another architecture, a pair where a single model is wanted and the other way round."""
+    large, small = released["wan21_t2v_14b"], released["wan21_t2v_1_3b"]
+    with pytest.raises(ValueError, match="unknown preset 'wan3'; known are wan21_t2v_1_3b"):
+        load_model(small, preset="wan3", placement=CPU)
+    with pytest.raises(LoadError, match="1_3b.safetensors is no single model of preset nano_t2v; it fits wan21_t2v_1"):
+        load_model(small, preset="nano_t2v", placement=CPU)
+    with pytest.raises(LoadError, match="no single model of preset wan22_t2v_a14b; it fits wan21_t2v_14b"):
+        load_model(large, preset="wan22_t2v_a14b", placement=CPU)
+    with pytest.raises(LoadError, match="no pair of experts of preset wan21_t2v_14b; it fits wan22_t2v_a14b"):
+        load_experts(large, large, preset="wan21_t2v_14b", placement=CPU)
+    with pytest.raises(LoadError, match="there is no pair of experts of that architecture"):
+        load_experts(small, small, placement=CPU)
+
+
+def test_a_pair_of_two_architectures_is_refused(released, files):
+    """A high-noise file with the low-noise file of another model is an error that names both."""
+    with pytest.raises(LoadError, match="14b.safetensors fits wan21_t2v_14b.*model.safetensors fits nano_t2v"):
+        load_experts(released["wan21_t2v_14b"], files.model, placement=CPU)
+
+
+def test_an_unreleased_size_is_refused(tmp_path):
+    """A text-to-video transformer of no known size has no sampling defaults, so it is an error that says so."""
+    spec = TransformerSpec(model_type="t2v", dim=128, ffn_dim=64, num_heads=1, num_layers=1, text_dim=16)
+    path = write_hollow(tmp_path / "other.safetensors", expected_shapes(spec))
+    with pytest.raises(LoadError, match="other.safetensors fits no released model"):
+        load_model(path, placement=CPU)
+
+
+def test_files_of_another_kind_are_refused(files):
+    """Each loader takes its own kind of file only, and says what the other one is."""
+    with pytest.raises(LoadError, match="vae.safetensors seems to be a Wan VAE.*holds a transformer"):
+        load_model(files.vae, placement=CPU)
+    with pytest.raises(LoadError, match="model.safetensors seems to be Nano T2V.*holds a VAE"):
+        load_vae(files.model, placement=CPU)
+    with pytest.raises(LoadError, match="vae.safetensors seems to be.*holds a text encoder"):
+        load_text_encoder(files.vae, placement=CPU)
+
+
+def test_tokenizer_comes_from_the_file_or_beside_it(files, tmp_path):
+    """Inside the checkpoint, as spiece.model beside it, or given by name; without any of them it is an error."""
+    inside = load_text_encoder(files.text_encoder, placement=CPU).tokenizer
+    bare = write_text_encoder(tmp_path / "bare.safetensors", tokenizer=False)
+    with pytest.raises(LoadError, match="bare.safetensors holds no tokenizer. Give the SentencePiece file"):
+        load_text_encoder(bare, placement=CPU)
+    (tmp_path / "other.model").write_bytes(inside.to_bytes())
+    given = load_text_encoder(bare, tokenizer=tmp_path / "other.model", placement=CPU).tokenizer
+    (tmp_path / "spiece.model").write_bytes(inside.to_bytes())
+    beside = load_text_encoder(bare, placement=CPU).tokenizer
+    text = "a red circle moving left"
+    assert inside.pieces(text) == given.pieces(text) == beside.pieces(text)
+    with pytest.raises(ValueError, match="cannot read tokenizer"):
+        load_text_encoder(bare, tokenizer=tmp_path / "absent.model", placement=CPU)
+
+
+def test_a_tokenizer_of_another_model_is_refused(files, tmp_path):
+    """More pieces than the encoder has embeddings is an error, not an index out of range."""
+    larger = train_tokenizer((f"{a}{b} {b}{a}" for a in "abcdefghij" for b in "klmnopqrstuvwxyz"), 600)
+    (tmp_path / "spiece.model").write_bytes(larger)
+    encoder = load_text_encoder(files.text_encoder, tokenizer=tmp_path / "spiece.model", placement=CPU)
+    assert encoder.tokenizer.vocab_size > 336
+    with pytest.raises(ValueError, match="the tokenizer has .* pieces but the text encoder only 336"):
+        encoder.encode(["a red circle"])
+
+
+def test_text_encoder_gives_zero_padded_embeddings(files):
+    """512 rows per prompt, float32, zero beyond the prompt's tokens."""
+    encoder = load_text_encoder(files.text_encoder, placement=OneAtATime("cpu"))
+    context = encoder.encode(["a red circle moving left", ""])
+    assert context.shape == (2, 512, 96) and context.dtype == torch.float32
+    used = context.ne(0).any(-1).sum(1).tolist()
+    assert used == [len(encoder.tokenizer.pieces("a red circle moving left")) + 1, 1]
+
+
+def test_handles_are_values(files):
+    """A handle cannot be changed; a changed copy shares the file and the placement and leaves the first as it was."""
+    model = load_model(files.model, placement=CPU)
+    with pytest.raises(FrozenInstanceError):
+        model.attention = "sdpa-math"
+    other = replace(model, attention="sdpa-math")
+    assert model.attention == "sdpa" and other.low is model.low and other.placement is model.placement
+
+
+def test_experts_are_chosen_by_the_boundary(files):
+    """At or above 0.875 * 1000 the high-noise file, below it the low-noise one; a single model throughout."""
+    pair = load_experts(files.high, files.low, placement=OneAtATime("cpu"))
+    assert [pair.name_at(timestep) for timestep in (1000.0, 875.0, 874.99, 0.0)] == ["high", "high", "low", "low"]
+    high = pair.get("high").head.head.weight.clone()
+    assert not torch.equal(pair.get("low").head.head.weight, high)
+    single = load_model(files.low, placement=OneAtATime("cpu"))
+    assert single.boundary is None and {single.name_at(timestep) for timestep in (1000.0, 0.0)} == {"low"}
+    assert torch.equal(single.get("low").head.head.weight, pair.get("low").head.head.weight)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_float32_islands_keep_the_files_precision(files, dtype):
+    """In half precision the matrices are converted; norms, modulation, time path and head stay float32."""
+    model = load_model(files.model, placement=OneAtATime("cpu"), dtype=dtype).get("low")
+    islands = ("time_embedding.", "time_projection.", "head.", "norm", "modulation")
+    for name, parameter in model.named_parameters():
+        expected = torch.float32 if any(part in name for part in islands) else getattr(torch, dtype)
+        assert parameter.dtype == expected, name
+
+
+def test_islands_stored_in_bf16_are_not_widened(tmp_path):
+    """A file that is bf16 throughout stays so in memory; its islands still compute in float32."""
+    torch.manual_seed(0)
+    path = save_module(tmp_path / "half.safetensors", WanTransformer(TRANSFORMERS["nano_t2v"]).bfloat16())
+    handle = load_model(path, placement=OneAtATime("cpu"), dtype="bfloat16")
+    model = handle.get("low")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    text = model.prepare_text(torch.randn(1, 4, 96))
+    with torch.no_grad():
+        assert model(torch.randn(1, 16, 1, 2, 2), torch.tensor([500.0]), text).dtype == torch.float32
+    assert load_model(path, placement=OneAtATime("cpu")).get("low").head.head.weight.dtype == torch.bfloat16
+
+
+def test_stored_dtype_is_that_of_most_weights(tmp_path):
+    """Many small float32 tensors do not outvote few large bf16 ones, nor does a tokenizer."""
+    tensors = {name: torch.zeros(shape, dtype=torch.bfloat16 if len(shape) > 1 else torch.float32)
+               for name, shape in expected_shapes(TRANSFORMERS["nano_t2v"]).items()}
+    save_weights(tmp_path / "mixed.safetensors", tensors)
+    assert Part.open(tmp_path / "mixed.safetensors", "transformer").stored_dtype == torch.bfloat16
+
+
+def test_bf16_run_stays_near_the_fp32_run(files):
+    """A single step of sampling in bf16 is within 2e-2 relative of fp32."""
+    context = TextCondition(torch.randn(1, 9, 96, generator=torch.Generator().manual_seed(0)))
+    noise = torch.randn(1, 16, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    exact, rounded = (
+        denoise(load_model(files.model, placement=OneAtATime("cpu"), dtype=dtype), noise,
+                make_schedule("euler", 1, 3.0), Conditions([context]), Guidance(1.0, 1.0), solver="euler")
+        for dtype in ("float32", "bfloat16"))
+    assert 0 < (rounded - exact).norm() <= 2e-2 * (exact - noise).norm()
+
+
+def test_unknown_precision_is_refused_at_once(files):
+    """A wrong precision is an error when the handle is made, before any text is encoded."""
+    with pytest.raises(ValueError, match="unknown precision 'int3'"):
+        load_model(files.model, dtype="int3", placement=CPU)
+    with pytest.raises(ValueError, match="unknown precision 'int3'"):
+        load_experts(files.high, files.low, dtype="int3", placement=CPU)
+    with pytest.raises(ValueError, match="unknown precision 'int3'"):
+        load_vae(files.vae, dtype="int3", placement=CPU)
+
+
+def test_unknown_attention_is_refused_at_once(files):
+    """So is a wrong attention backend."""
+    with pytest.raises(ValueError, match="unknown attention backend 'sage'"):
+        load_model(files.model, attention="sage", placement=CPU)
+    with pytest.raises(ValueError, match="unknown attention backend 'sage'"):
+        load_experts(files.high, files.low, attention="sage", placement=CPU)
+
+
+def test_tiles_off_the_grid_are_refused_at_once(files):
+    """A tiling that cannot work is an error when the handle is made."""
+    with pytest.raises(ValueError, match="tile height is 60"):
+        load_vae(files.vae, tiling=Tiling(60, 64, 16), placement=CPU)
+
+
+def test_vae_handle_runs_as_it_was_made(files):
+    """The handle's tiling and precision reach the VAE, both ways."""
+    plain = load_vae(files.vae, placement=OneAtATime("cpu"))
+    assert plain.spec == VAES["nano_vae"]
+    tiled = replace(plain, tiling=Tiling(16, 16, 8))
+    latents, calls = torch.randn(1, 16, 1, 4, 2, generator=torch.Generator().manual_seed(0)), []
+    assert plain.decode(latents, on_piece=lambda: calls.append("plain")).shape == (1, 3, 1, 32, 16)
+    tiled.decode(latents, on_piece=lambda: calls.append("tiled"))
+    tiled.encode(torch.zeros(1, 3, 1, 32, 16), on_piece=lambda: calls.append("tiled"))
+    assert calls == ["plain"] + 6 * ["tiled"]
+    half = replace(plain, dtype="bfloat16")
+    assert half.module().conv1.weight.dtype == torch.bfloat16
+    out = torch.empty(1, 3, 1, 32, 16)
+    assert half.decode(latents, out=out).data_ptr() == out.data_ptr()
+
+
+def test_latents_and_prompts_that_do_not_fit_are_named(files):
+    """Channels, dimensions and odd sizes of latents, and the width of an embedding, are checked on the handle."""
+    model = load_model(files.model, placement=CPU)
+    model.check_latents(torch.zeros(2, 16, 1, 2, 4))
+    model.check_context(torch.zeros(1, 3, 96))
+    for shape, message in (((1, 48, 1, 2, 2), r"Nano T2V takes \[batch, 16"), ((16, 1, 2, 2), r"\[16, 1, 2, 2\]"),
+                           ((1, 16, 1, 3, 2), "16x24 pixels; width and height must be multiples of 16")):
+        with pytest.raises(ValueError, match=message):
+            model.check_latents(torch.zeros(shape))
+    with pytest.raises(ValueError, match="width of 4096, Nano T2V takes 96. Use the text encoder nano_umt5"):
+        model.check_context(torch.zeros(1, 3, 4096))
