@@ -96,7 +96,7 @@ class Standalone:
         return OneAtATime()
 
     def with_room(self, handle: Handle, nbytes: int) -> Handle:
-        """A copy of `handle` that asks for `nbytes` on its device beside the weights when it is placed."""
+        """A copy of `handle` for one run, which asks for `nbytes` on its device beside the weights."""
         return handle
 
     def result_device(self) -> torch.device:
@@ -161,7 +161,7 @@ class ComfyUI(Standalone):
     def with_room(self, handle: Handle, nbytes: int) -> Handle:
         if not isinstance(handle.placement, ManagedPlacement):
             return handle
-        return replace(handle, placement=replace(handle.placement, room=nbytes))
+        return replace(handle, placement=replace(handle.placement, room=nbytes, run=object()))
 
     def result_device(self) -> torch.device:
         return management.intermediate_device()
@@ -229,18 +229,22 @@ class _Tenant:
     dtype: torch.dtype | None = None
     placed: _Placed | None = None
     patcher: object = None
+    run: object = None
 
 
 @dataclass(frozen=True, eq=False)
 class ManagedPlacement:
     """One checkpoint at a time on a device, in room that ComfyUI's manager makes and may take back.
 
-    `room` is what a run needs beside the weights, in bytes. Copies with another room share what is placed.
+    `room` is what a run needs beside the weights, in bytes. Copies for other runs share what is placed. The manager is
+    asked once in a run for each part: nothing is unloaded while a node runs, and asking costs a round of its
+    housekeeping.
     """
 
     device: torch.device
     offload_device: torch.device
     room: int = 0
+    run: object = None
     tenant: _Tenant = field(default_factory=_Tenant)
 
     def place(self, part: Part, dtype: torch.dtype) -> nn.Module:
@@ -250,7 +254,10 @@ class ManagedPlacement:
             self.clear()
             tenant.part, tenant.dtype, tenant.placed = part, dtype, _Placed()
             tenant.patcher = self._register(part, dtype, tenant.placed)
+        elif tenant.placed.module is not None and self.run is not None and self.run is tenant.run:
+            return tenant.placed.module
         management.load_models_gpu([tenant.patcher], memory_required=self.room, force_full_load=True)
+        tenant.run = self.run
         if tenant.placed.module is None:
             log.info("Wan: reading %s to %s as %s", part.label, self.device, str(dtype).removeprefix("torch."))
             try:
@@ -263,7 +270,7 @@ class ManagedPlacement:
     def clear(self) -> None:
         """See `Placement.clear`."""
         tenant = self.tenant
-        tenant.part = tenant.dtype = tenant.placed = tenant.patcher = None
+        tenant.part = tenant.dtype = tenant.placed = tenant.patcher = tenant.run = None
 
     def _register(self, part: Part, dtype: torch.dtype, placed: _Placed) -> object:
         size = sum(math.prod(shape) for shape in part.file.shapes().values()) * dtype.itemsize

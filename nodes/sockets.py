@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 TOKENS = "umt5xxl"
 Tokens = dict[str, list[list[tuple[int, float]]]]
 
-# Full-resolution activations of one piece (four frames) that are alive at once in the VAE, in copies of its widest
-# layer: measured on the CPU for decoding and rounded up.
-VAE_COPIES = 16
+# What the VAE needs beside its weights, in copies of one piece (four frames) at full resolution and base width: the
+# causal memory and what is alive at the widest point. Measured for decoding in float32 on a CPU: 17.
+VAE_COPIES = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,8 @@ class ComfyTextEncoder:
                            return_dict: bool = False) -> Tensor | tuple[Tensor, None] | dict:
         """Embeddings [1, 512, width] float32, zero past the prompt's end."""
         rows = [[piece for piece in row if piece[0] not in (EOS_ID, PAD_ID)] for row in tokens[TOKENS]]
-        embeddings = encode_pieces(self.encoder.module(), rows, self.encoder.part.spec.text_len,
+        encoder = HOST.with_room(self.encoder, 0)
+        embeddings = encode_pieces(encoder.module(), rows, encoder.part.spec.text_len,
                                    lambda block: HOST.check_interrupt()).to(HOST.result_device())
         if return_dict:
             return {"cond": embeddings, "pooled_output": None}

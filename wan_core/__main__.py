@@ -80,7 +80,10 @@ def _generate(options: argparse.Namespace) -> None:
     check_video_path(options.out)
     placement = OneAtATime(options.device)
     model = _load_transformer(options, placement)
-    tiling = Tiling(options.tile, options.tile, options.tile // 4) if options.tile else None
+    tiling = None
+    if options.tile is not None:
+        # A quarter of the tile, on the grid of every VAE.
+        tiling = Tiling(options.tile, options.tile, max(16, options.tile // 64 * 16))
     vae = load_vae(options.vae, placement=placement, dtype=options.dtype, tiling=tiling)
     text_encoder = load_text_encoder(options.text_encoder, tokenizer=options.tokenizer, placement=placement)
     width, height = options.size or (None, None)

@@ -13,7 +13,7 @@ from .memory import OneAtATime
 from .models import Model, TextEncoder, VideoVAE, load_model, load_text_encoder, load_vae
 from .presets import VAESpec
 from .sampling import Conditions, Guidance, Schedule, Step, denoise, make_schedule, needs_uncond
-from .video import to_uint8, write_video
+from .video import check_fps, to_uint8, write_video
 
 # A schedule that begins at least this high starts from pure noise, as the official code does (UniPC's is 0.999).
 PURE_NOISE_SIGMA = 0.999
@@ -121,6 +121,7 @@ def generate(prompt: str, *, model: Model | None = None, vae: VideoVAE | None = 
                                 frames=frames, steps=steps, seed=seed, solver=solver, shift=shift, guidance=guidance,
                                 fps=fps)
     check_fit(model, vae, text_encoder)
+    check_fps(settings.fps)
     shape = latent_shape(model.vae_spec, settings.width, settings.height, settings.frames)
     schedule = make_schedule(settings.solver, settings.steps, settings.shift)
     scales = Guidance(*settings.guidance)

@@ -62,8 +62,7 @@ def write_video(
     untouched.
     """
     path = check_video_path(path)
-    if not (isinstance(fps, Real) and 0 < fps <= 1000):
-        raise ValueError(f"fps is {fps!r}; expected a number above 0 and up to 1000")
+    check_fps(fps)
     if not 1 <= crf <= 51:
         raise ValueError(f"crf is {crf!r}; expected 1 (best quality) to 51 (smallest file)")
     tags = _ffmetadata(metadata or {})
@@ -151,6 +150,12 @@ def check_video_path(path: str | os.PathLike) -> Path:
     if not path.parent.is_dir():
         raise ValueError(f"the folder {path.parent} does not exist; create it or choose another one")
     return path
+
+
+def check_fps(fps: float) -> None:
+    """Raise ValueError for a rate that no video can have."""
+    if not (isinstance(fps, Real) and 0 < fps <= 1000):
+        raise ValueError(f"fps is {fps!r}; expected a number above 0 and up to 1000")
 
 
 def _checked(chunks: Iterator[Chunk]) -> Iterator[np.ndarray]:

@@ -164,6 +164,10 @@ class ComfyClient:
         """
         self._call("/free", {"unload_models": unload_models, "free_memory": forget_results})
 
+    def fetch(self, path: str) -> bytes:
+        """Whatever the server answers to a GET of ``path``."""
+        return self._call(path)
+
     def download(self, file: dict[str, str]) -> bytes:
         """Contents of a file from ``Run.saved_files``, as the browser gets it."""
         query = {key: file[key] for key in ("filename", "subfolder", "type")}

@@ -46,7 +46,8 @@ def comfyui() -> Installation:
 @pytest.fixture(scope="session")
 def comfy_server(comfyui: Installation, pack_folder: Path, tmp_path_factory) -> Iterator[ComfyServer]:
     """A running server with the pack, shared by all tests: leave nothing in it that another test could trip over."""
-    with ComfyServer(comfyui, tmp_path_factory.mktemp("comfyui"), pack_folder) as server:
+    arguments = ("--cpu", "--disable-api-nodes", "--preview-method", "latent2rgb")
+    with ComfyServer(comfyui, tmp_path_factory.mktemp("comfyui"), pack_folder, arguments) as server:
         yield server
 
 

@@ -106,6 +106,15 @@ class ComfyServer:
         self._process: subprocess.Popen | None = None
 
     @property
+    def pid(self) -> int:
+        """Process id of the running server."""
+        return self._process.pid
+
+    def saved_path(self, file: dict[str, str]) -> Path:
+        """Where an output file that a node showed (see ``Run.saved_files``) lies."""
+        return self.output_folder / file["subfolder"] / file["filename"]
+
+    @property
     def input_folder(self) -> Path:
         return self.base / "input"
 

@@ -50,7 +50,7 @@ def test_official_negative(call, nano):
     ({"steps": 0}, "steps must be a whole number from 1"),
     ({"steps": 3, "start_step": 3}, "hold no step"),
     ({"sigmas": torch.zeros(0)}, "sigmas must be a list of at least 2"),
-    ({"positive": [[torch.zeros(1, 4, 4096), {}]]}, "text encoder that belongs to it"),
+    ({"positive": [[torch.zeros(1, 4, 4096), {}]]}, "encoded to a width of 4096"),
     ({"negative": []}, "negative is an empty conditioning"),
     ({"positive": [[torch.ones(1, 4, 96), {"start_percent": 0.5}]]}, "no prompt is active at sigma"),
 ])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wan_core.presets import TextEncoderSpec
-from wan_core.text import UMT5Encoder, encode_prompts
+from wan_core.text import UMT5Encoder, encode_pieces, encode_prompts, weighted_pieces
 
 PROMPTS = ["A red circle, moving left on a black background", "", "green square"]
 
@@ -106,3 +106,14 @@ def test_foreign_tokenizer_is_refused(tokenizer):
                                         num_layers=1))
     with pytest.raises(ValueError, match="tokenizer"):
         encode_prompts(small, tokenizer, [""])
+
+
+def test_pieces_are_the_two_halves_of_encoding(encoder, tokenizer):
+    """Tokenizing with weights and encoding the rows afterwards equals doing both at once, without weights, too."""
+    prompts = ["a (red:1.4) circle", "((plain))"]
+    rows = [weighted_pieces(tokenizer, prompt) for prompt in prompts]
+    assert {weight for _, weight in rows[0]} == {1.0, 1.4}
+    assert torch.equal(encode_pieces(encoder, rows, 32), encode_prompts(encoder, tokenizer, prompts, text_len=32))
+    unweighted = [weighted_pieces(tokenizer, prompt, weights=False) for prompt in prompts]
+    assert torch.equal(encode_pieces(encoder, unweighted, 32),
+                       encode_prompts(encoder, tokenizer, prompts, text_len=32, weights=False))

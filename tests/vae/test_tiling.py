@@ -153,3 +153,12 @@ def test_encoded_tiles_are_not_seen(nano):
     vae, clip, latents = nano
     tiled = vae.encode(clip, tiling=Tiling(96, 96, 48))
     assert psnr(vae.decode(tiled), vae.decode(latents)) >= 45
+
+
+@pytest.mark.parametrize(("height", "width", "count"), [(8, 8, 1), (8, 9, 2), (20, 9, 6)])
+def test_count_is_how_many_tiles_run(height, width, count):
+    """The number told to progress bars is the number of tiles that are decoded."""
+    assert Tiling(64, 64, 16).count(height, width, 8) == count
+    vae, pieces = random_vae(), []
+    vae.decode(randn(1, 16, 1, height, width), tiling=Tiling(64, 64, 16), on_piece=lambda: pieces.append(1))
+    assert len(pieces) == count

@@ -96,7 +96,7 @@ _P720 = {"width": 1280, "height": 720}
 _WAN21 = Sampling(steps=50, shift=5.0, guidance_low=5.0, guidance_high=5.0, fps=16, frames=81, **_P720,
                   negative_prompt=_NEGATIVE)
 _WAN21_I2V = replace(_WAN21, steps=40, negative_prompt=_NEGATIVE_I2V)
-_NANO = Sampling(steps=20, shift=3.0, guidance_low=5.0, guidance_high=5.0, fps=8, frames=17, width=64, height=64,
+_NANO = Sampling(steps=20, shift=3.0, guidance_low=3.0, guidance_high=3.0, fps=8, frames=17, width=64, height=64,
                  negative_prompt="")
 
 _T2V_14B_PRESET = Preset(

@@ -1,0 +1,293 @@
+"""The shell: a video from one line, what a file is, and one clear line with status 2 for whatever the user can mend."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.small_models import save_module, write_hollow
+from wan_core import nano
+from wan_core.__main__ import main
+from wan_core.presets import TEXT_ENCODERS, VAES, TransformerSpec
+from wan_core.text import UMT5Encoder
+from wan_core.training.score import score
+from wan_core.vae import WanVAE
+from wan_core.video import read_metadata, read_video
+from wan_core.weights import expected_shapes
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["--size", "32x16", "--frames", "5", "--steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def shell(files, tmp_path, capsys):
+    """Runs `generate` with random-weight models in this process; gives status, standard output and error lines."""
+    def run(*arguments, prompt="a red circle", **models):
+        models = {"model": files.model, "vae": files.vae, "text_encoder": files.text_encoder, **models}
+        chosen = [text for name, path in models.items() if path is not None
+                  for text in (f"--{name.replace('_', '-')}", str(path))]
+        status = main(["generate", prompt, "--out", str(tmp_path / "clip.mp4"), *chosen, *QUICK, *arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err.splitlines()
+
+    return run
+
+
+def test_one_line_makes_the_video_that_was_asked_for(tmp_path):
+    """`python -m wan_core generate PROMPT --out FILE` with the bundled models: an MP4 with the prompt's object."""
+    done = subprocess.run([sys.executable, "-m", "wan_core", "generate", "a red circle moving left", "--out",
+                           tmp_path / "clip.mp4"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"clip\.mp4: 17 frames of 64x64 at 8 fps, Nano T2V, [\d.]+ s\n$", done.stdout)
+    assert "20/20" in done.stderr and "Traceback" not in done.stderr
+    frames = read_video(tmp_path / "clip.mp4")
+    assert frames.shape == (17, 64, 64, 3)
+    shown = score(frames.permute(3, 0, 1, 2) / 127.5 - 1)
+    assert (shown.shape, shown.colour, shown.direction) == ("circle", "red", "left")
+    settings = read_metadata(tmp_path / "clip.mp4")["comment"]
+    assert settings["prompt"] == "a red circle moving left" and settings["model"] == "nano_t2v"
+    assert os.listdir(tmp_path) == ["clip.mp4"]
+
+
+def test_bundled_experts_make_the_video_that_was_asked_for(tmp_path, capsys):
+    """--high nano --low nano: the pair takes turns and shows the prompt's object."""
+    out = tmp_path / "clip.mp4"
+    assert main(["generate", "a blue square moving down", "--high", "nano", "--low", "nano", "--out", str(out)]) == 0
+    captured = capsys.readouterr()
+    assert "Nano T2V, expert pair" in captured.out
+    assert "high-noise expert" in captured.err and "low-noise expert" in captured.err
+    shown = score(read_video(out).permute(3, 0, 1, 2) / 127.5 - 1)
+    assert (shown.colour, shown.direction) == ("blue", "down")
+    assert read_metadata(out)["comment"]["model"] == "nano_t2v_a"
+
+
+def test_every_option_reaches_the_run(shell, tmp_path):
+    """What is given on the command line stands in the file; files, expert pair and tiles included."""
+    status, out, _ = shell("--seed", "5", "--solver", "dpm++", "--shift", "4", "--guidance", "2.5", "--fps", "12.5",
+                           "--negative", "blurry", "--dtype", "float32", "--attention", "sdpa-math", "--tile", "40")
+    assert status == 0 and "5 frames of 32x16 at 12.5 fps, Nano T2V" in out
+    settings = read_metadata(tmp_path / "clip.mp4")["comment"]
+    settings.pop("seconds")
+    assert settings == {
+        "prompt": "a red circle", "negative_prompt": "blurry", "width": 32, "height": 16, "frames": 5, "steps": 2,
+        "seed": 5, "solver": "dpm++", "shift": 4.0, "guidance": [2.5, 2.5], "fps": 12.5, "model": "nano_t2v"}
+    assert read_video(tmp_path / "clip.mp4").shape == (5, 16, 32, 3)
+
+
+def test_expert_pair_from_files(shell, files, tmp_path):
+    """--high and --low take two files and two guidance scales."""
+    status, out, errors = shell("--guidance", "4,3", model=None, high=files.high, low=files.low)
+    assert status == 0 and "Nano T2V, expert pair" in out
+    settings = read_metadata(tmp_path / "clip.mp4")["comment"]
+    assert settings["model"] == "nano_t2v_a" and settings["guidance"] == [4.0, 3.0]
+
+
+def test_tokenizer_file(shell, tmp_path):
+    """--tokenizer takes the place of the one in the text encoder's file; another kind of file is an error."""
+    (tmp_path / "spiece.model").write_text("no tokenizer")
+    status, out, errors = shell("--tokenizer", str(tmp_path / "spiece.model"))
+    assert status == 2 and not out and len(errors) == 1 and "not a readable SentencePiece model" in errors[0]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--size", "100x64"], "width is 100 pixels; it must be a multiple of 16. Use 96."),
+    (["--size", "64x72"], "height is 72 pixels; it must be a multiple of 16. Use 64."),
+    (["--size", "0x64"], "width is 0 pixels"),
+    (["--frames", "16"], "frames is 16; it must be 4n + 1. Use 17."),
+    (["--frames", "-1"], "frames is -1"),
+    (["--steps", "0"], "steps must be a whole number from 1 to 1000000, got 0"),
+    (["--shift", "0"], "shift must be a number greater than 0"),
+    (["--guidance", "-2"], "guidance scale"),
+    (["--fps", "0"], "fps is 0.0"),
+    (["--dtype", "fp8"], "unknown precision 'fp8'"),
+    (["--device", "toaster"], "device 'toaster' cannot be used"),
+    (["--tile", "0"], "VAE tile height is 0 pixels"),
+    (["--tile", "100"], "VAE tile height is 100 pixels; it must be a positive multiple of 8. Use 96."),
+    (["--preset", "wan21_t2v_14b"], "model.safetensors is no single model of preset wan21_t2v_14b; it fits nano_t2v"),
+    (["--out", "clip.gif"], "clip.gif ends in '.gif'; videos are written as .mp4"),
+    (["--out", "absent/clip.mp4"], "the folder absent does not exist"),
+    (["--tokenizer", "absent.model"], "cannot read tokenizer absent.model"),
+])
+def test_bad_options_are_one_line(shell, tmp_path, monkeypatch, arguments, message):
+    """A setting that cannot work ends with status 2 and one line that says what to do; no file is made."""
+    monkeypatch.chdir(tmp_path)
+    status, out, errors = shell(*arguments)
+    assert status == 2 and not out
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\n"])
+def test_an_empty_prompt_is_one_line(shell, prompt):
+    """So does a prompt without a word."""
+    status, out, errors = shell(prompt=prompt)
+    assert (status, out, errors) == (2, "", ["error: the prompt is empty; say what the video should show."])
+
+
+def test_a_missing_expert_is_one_line(shell, files):
+    """One expert without the other, or a pair beside a single model, is an error that says which file is missing."""
+    for models, message in (({"model": None, "high": files.high}, "--low is missing"),
+                            ({"model": None, "low": files.low}, "--high is missing"),
+                            ({"high": files.high, "low": files.low}, "give one or the other"),
+                            ({"model": None, "high": files.high, "low": "absent.safetensors"}, "does not exist")):
+        status, out, errors = shell(**models)
+        assert status == 2 and not out and len(errors) == 1 and message in errors[0]
+
+
+def bad_file(kind, files, folder) -> Path:
+    """A file that is not what it is taken for."""
+    path = folder / f"{kind}.safetensors"
+    contents = {"missing": None, "empty": b"", "web_page": b"<!DOCTYPE html><html></html>", "gguf": b"GGUF" + bytes(99),
+                "noise": bytes(range(1, 256)), "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+                "truncated": files.model.read_bytes()[:100_000], "cut_header": files.model.read_bytes()[:300]}
+    if contents[kind] is not None:
+        path.write_bytes(contents[kind])
+    return path
+
+
+@pytest.mark.parametrize("role", ["model", "vae", "text_encoder"])
+@pytest.mark.parametrize(("kind", "message"), [
+    ("missing", "does not exist"), ("empty", "is empty"), ("web_page", "is a web page"), ("gguf", "is a GGUF file"),
+    ("noise", "is neither a safetensors nor a PyTorch file"), ("pointer", "is a Git LFS pointer"),
+    ("truncated", "is truncated: its header promises"), ("cut_header", "is truncated: its header alone takes"),
+])
+def test_truncated_and_foreign_files_are_one_line(shell, files, tmp_path, kind, message, role):
+    """Whatever part it is given for, the line names the file and what is wrong with it."""
+    status, out, errors = shell(**{role: bad_file(kind, files, tmp_path)})
+    assert status == 2 and not out
+    assert len(errors) == 1 and errors[0].startswith(f"error: {kind}.safetensors ") and message in errors[0]
+
+
+def test_parts_of_another_model_are_one_line(shell, files, tmp_path):
+    """A file of the wrong kind, and a VAE or text encoder of the right kind that is not the model's."""
+    torch.manual_seed(0)
+    vae = save_module(tmp_path / "other_vae.safetensors", WanVAE(replace(VAES["nano_vae"], dim=8, decoder_dim=8)))
+    text = save_module(tmp_path / "other_text.safetensors", UMT5Encoder(replace(TEXT_ENCODERS["nano_umt5"], dim=64)),
+                       spiece_model=torch.frombuffer(bytearray(spiece_of(files)), dtype=torch.uint8))
+    unknown = write_hollow(tmp_path / "unknown.safetensors", expected_shapes(
+        TransformerSpec(model_type="t2v", dim=128, ffn_dim=64, num_heads=1, num_layers=1)))
+    for models, message in (
+            ({"vae": files.model}, "model.safetensors seems to be Nano T2V"),
+            ({"vae": vae}, "other_vae.safetensors (wan21) is not the VAE that Nano T2V was trained with"),
+            ({"text_encoder": files.vae}, "vae.safetensors seems to be a Wan VAE"),
+            ({"text_encoder": text}, "other_text.safetensors gives embeddings of width 64; Nano T2V takes 96"),
+            ({"model": files.text_encoder}, "text_encoder.safetensors seems to be a T5-type text encoder"),
+            ({"model": unknown}, "unknown.safetensors fits no released model"),
+            ({"model": None, "high": unknown, "low": files.low}, "the experts are of different architectures")):
+        status, out, errors = shell(**models)
+        assert status == 2 and not out and len(errors) == 1 and message in errors[0], errors
+
+
+def spiece_of(files) -> bytes:
+    from wan_core.models import load_text_encoder
+    return load_text_encoder(files.text_encoder).tokenizer.to_bytes()
+
+
+@pytest.mark.parametrize("line", [
+    "", "generate", "generate x --size 64", "generate x --guidance high", "generate x --guidance 1,2,3",
+    "generate x --solver heun", "generate x --steps two", "generate x --preset wan3", "generate x --attention sage",
+    "inspect", "paint x",
+])
+def test_misspelt_commands_end_with_status_2(line, capsys):
+    """What the parser refuses has the same status, and its last line says what is wrong."""
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert ended.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+LIMITED = """
+import resource, sys
+from wan_core.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits")
+def test_a_full_disk_is_one_line_and_leaves_nothing(files, tmp_path):
+    """When the disk refuses the video's bytes: status 2, a line that names the file, and no part of it."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, "generate", "a red circle", "--out", tmp_path / "clip.mp4", "--model",
+         files.model, "--vae", files.vae, "--text-encoder", files.text_encoder, "--size", "64x64", "--frames", "5",
+         "--steps", "1"], cwd=ROOT, capture_output=True, text=True, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert last.startswith("error: could not write") and "clip.mp4" in last and "disk full" in last
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_control_c_stops_at_once_and_leaves_nothing(files, tmp_path):
+    """Interrupted in the middle of a run: status 130, one word, no traceback, no file."""
+    command = [sys.executable, "-m", "wan_core", "generate", "a red circle", "--out", tmp_path / "clip.mp4", "--model",
+               files.model, "--vae", files.vae, "--text-encoder", files.text_encoder, "--steps", "5000"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        seen = b""
+        while b"/5000" not in seen and (part := process.stderr.read1(1000)):
+            seen += part
+        process.send_signal(signal.SIGINT)
+        out, rest = process.communicate(timeout=120)
+    assert process.returncode == 130, seen + rest
+    assert rest.endswith(b"stopped\n") and b"Traceback" not in seen + rest and not out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("path", "preset"), [
+    (nano.VAE, "nano_vae"), (nano.TEXT_ENCODER, "nano_umt5"), (nano.T2V, "nano_t2v"), (nano.T2V_HIGH, "nano_t2v_a"),
+    (nano.T2V_LOW, "nano_t2v_a")], ids=lambda value: getattr(value, "stem", value))
+def test_inspect_knows_the_bundled_files(path, preset, capsys):
+    """Every file of the nano family is recognised and complete."""
+    assert main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{path.name}: ") and preset in out
+    assert "every tensor is there and has the right shape" in out
+    assert "missing" not in out and "unexpected" not in out
+
+
+def test_inspect_says_what_is_missing(files, tmp_path, capsys):
+    """An incomplete file is described, not refused: preset, prefix, types, and which tensors it lacks."""
+    shapes = expected_shapes(TransformerSpec(model_type="t2v", dim=128, ffn_dim=384, num_heads=1, num_layers=6,
+                                             text_dim=96))
+    shapes = {f"model.diffusion_model.{name}": shape for name, shape in shapes.items()
+              if name != "blocks.3.self_attn.q.bias"}
+    assert main(["inspect", str(write_hollow(tmp_path / "part.safetensors", shapes))]) == 0
+    out = capsys.readouterr().out
+    for text in ("nano_t2v", "prefix 'model.diffusion_model.'", "bfloat16", "missing     1: blocks.3.self_attn.q.bias"):
+        assert text in out
+    assert "every tensor is there" not in out
+    assert main(["inspect", str(files.text_encoder)]) == 0
+    assert "tokenizer   inside" in capsys.readouterr().out
+
+
+def test_inspect_describes_another_models_file(tmp_path, capsys):
+    """A file of weights that are not Wan's is described as such, with status 0: that is the answer."""
+    path = write_hollow(tmp_path / "sd.safetensors", {"first_stage_model.decoder.conv_in.weight": (4, 4, 3, 3)})
+    assert main(["inspect", str(path)]) == 0
+    assert "Stable Diffusion" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "web_page", "gguf", "noise", "truncated"])
+def test_inspect_refuses_what_is_no_checkpoint(files, tmp_path, kind, capsys):
+    """A truncated file or one of another kind is one line and status 2."""
+    assert main(["inspect", str(bad_file(kind, files, tmp_path))]) == 2
+    captured = capsys.readouterr()
+    assert not captured.out and len(captured.err.splitlines()) == 1 and f"error: {kind}.safetensors" in captured.err
+
+
+def test_help_names_every_option(capsys):
+    """The help of `generate` is whole: every option has a line, and it ends well."""
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    for option in ("--model", "--high", "--low", "--vae", "--text-encoder", "--size", "--frames", "--steps", "--seed",
+                   "--solver", "--shift", "--guidance", "--tile", "--device"):
+        assert option in out
+
