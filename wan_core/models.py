@@ -52,10 +52,11 @@ class Part:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """The dtype that most numbers of the file have."""
+        """The dtype that most weights of the file have; a tokenizer's bytes are no weights."""
         shapes, counts = self.file.shapes(), Counter()
         for name, dtype in self.file.dtypes().items():
-            counts[dtype] += math.prod(shapes[name])
+            if dtype.is_floating_point:
+                counts[dtype] += math.prod(shapes[name])
         return counts.most_common(1)[0][0]
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
