@@ -228,7 +228,9 @@ def test_control_c_stops_at_once_and_leaves_nothing(files, tmp_path):
     """Interrupted in the middle of a run: status 130, one word, no traceback, no file."""
     command = [sys.executable, "-m", "wan_core", "generate", "a red circle", "--out", tmp_path / "clip.mp4", "--model",
                files.model, "--vae", files.vae, "--text-encoder", files.text_encoder, "--steps", "5000"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    # A shell that started the tests in the background has made them deaf to the signal, and children inherit that.
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         seen = b""
         while b"/5000" not in seen and (part := process.stderr.read1(1000)):
             seen += part
