@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from ..wan_core import nano
 from ..wan_core.memory import OneAtATime, Placement
-from ..wan_core.models import Model, Part, TextEncoder, VideoVAE
+from ..wan_core.models import Model, Part, TextEncoder, VideoVAE, load_vae
 from ..wan_core.presets import VAES, VAESpec
+from ..wan_core.vae import LatentStats
 
 try:
     import comfy.latent_formats
@@ -180,10 +181,11 @@ class ComfyUI(Standalone):
             yield advance
 
     def previewer(self, spec: VAESpec, device: torch.device) -> Callable[[Tensor], Preview] | None:
-        latents = _nano_latent_format() if spec == VAES["nano_vae"] else comfy.latent_formats.Wan21()
-        previewer = latent_preview.get_previewer(device, latents)
+        previewer = latent_preview.get_previewer(device, comfy.latent_formats.Wan21())
         if previewer is None:
             return None
+        if spec == VAES["nano_vae"]:
+            return _nano_preview()
         return lambda clean: previewer.decode_latent_to_preview_image("JPEG", clean)
 
     def save_target(self, prefix: str, suffix: str, width: int, height: int) -> SaveTarget:
@@ -279,12 +281,16 @@ class ManagedPlacement:
         return patcher
 
 
-def _nano_latent_format() -> object:
-    """ComfyUI's format of Wan 2.1 latents with the colours that the nano VAE's channels have."""
-    latents = comfy.latent_formats.Wan21()
-    latents.latent_rgb_factors, latents.latent_rgb_factors_bias = nano.LATENT_RGB, nano.LATENT_RGB_BIAS
-    latents.taesd_decoder_name = None
-    return latents
+def _nano_preview() -> Callable[[Tensor], Preview]:
+    """ComfyUI knows the released VAE's latents only; the nano VAE is small enough to decode the first frame for real."""
+    vae = load_vae(placement=OneAtATime("cpu"))
+    stats = LatentStats.of(vae.spec)
+
+    def preview(clean: Tensor) -> Preview:
+        frame = vae.decode(stats.restore(clean[:1, :, :1].float().cpu()))[0, :, 0]
+        return "JPEG", latent_preview.preview_to_image(frame.movedim(0, -1)), comfy_arguments.preview_size
+
+    return preview
 
 
 HOST = Standalone() if folder_paths is None else ComfyUI()

@@ -187,6 +187,15 @@ def test_stored_dtype_is_that_of_most_weights(tmp_path):
     assert Part.open(tmp_path / "mixed.safetensors", "transformer").stored_dtype == torch.bfloat16
 
 
+def test_weights_of_an_unknown_type_are_refused(tmp_path):
+    """A quantised file that this version cannot compute with is an error that names the type, not a crash."""
+    shapes = expected_shapes(TRANSFORMERS["nano_t2v"])
+    save_weights(tmp_path / "int8.safetensors", {name: torch.zeros(shape, dtype=torch.int8)
+                                                 for name, shape in shapes.items()})
+    with pytest.raises(LoadError, match="int8.safetensors does not fit.*weights of type int8 are not supported"):
+        load_model(tmp_path / "int8.safetensors", placement=OneAtATime("cpu")).get("low")
+
+
 def test_bf16_run_stays_near_the_fp32_run(files):
     """A single step of sampling in bf16 is within 2e-2 relative of fp32."""
     context = TextCondition(torch.randn(1, 9, 96, generator=torch.Generator().manual_seed(0)))

@@ -57,7 +57,7 @@ class Part:
         for name, dtype in self.file.dtypes().items():
             if dtype.is_floating_point:
                 counts[dtype] += math.prod(shapes[name])
-        return counts.most_common(1)[0][0]
+        return counts.most_common(1)[0][0] if counts else torch.float32
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The module on `device`, computing in `dtype`, its weights read from the file."""

@@ -82,7 +82,7 @@ def sample(model: Model, latents: Tensor, schedule: Schedule, conditions: Condit
     check_coverage(model, schedule, conditions, guidance)
     stats, device = model.latent_stats, model.placement.device
     empty = not latents.count_nonzero()
-    start = torch.zeros_like(latents) if empty else stats.normalise(latents.float().cpu())
+    start = torch.zeros(latents.shape) if empty else stats.normalise(latents.float().cpu())
     if noise is not None:
         if noise.shape != latents.shape:
             raise ValueError(f"noise has shape {list(noise.shape)}, the latents {list(latents.shape)}; "
