@@ -282,7 +282,7 @@ class ManagedPlacement:
 
 
 def _nano_preview() -> Callable[[Tensor], Preview]:
-    """ComfyUI knows the released VAE's latents only; the nano VAE is small enough to decode the first frame for real."""
+    """ComfyUI knows the released VAE's latents only; the nano VAE is small enough to really decode a frame."""
     vae = load_vae(placement=OneAtATime("cpu"))
     stats = LatentStats.of(vae.spec)
 

@@ -67,3 +67,9 @@ def test_unknown_backend_is_refused():
     """A wrong name is a ValueError that lists what there is."""
     with pytest.raises(ValueError, match="'sage'; choose one of sdpa, sdpa-flash"):
         attention(*tensors(), backend="sage")
+
+
+def test_a_backend_without_a_kernel_is_refused():
+    """A kernel that the device does not have is a ValueError that says what to use, not PyTorch's own."""
+    with pytest.raises(ValueError, match="'sdpa-cudnn' cannot run float32 on a cpu device here; use sdpa"):
+        attention(*tensors(), backend="sdpa-cudnn")

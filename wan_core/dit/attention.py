@@ -12,16 +12,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
+_WITH_BIAS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+# What PyTorch says where none of the allowed kernels can run.
+_NO_KERNEL = ("No viable backend", "No available kernel")
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, backend: str = "sdpa") -> Tensor:
     """softmax(q k^T / sqrt(head_dim) + bias) v.
 
     q [B, Lq, heads, head_dim], k and v [B, Lk, heads, head_dim], bias [Lk] (added to the logits of each key) ->
-    [B, Lq, heads * head_dim]. Raises ValueError for an unknown `backend`.
+    [B, Lq, heads * head_dim]. Raises ValueError for an unknown `backend`, and for one that has no kernel for the
+    tensors' device and dtype.
     """
     check_backend(backend)
     mask = None if bias is None else bias.to(q.dtype).expand(1, 1, q.shape[1], -1)
-    out = BACKENDS[backend](q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+    try:
+        out = BACKENDS[backend](q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+    except RuntimeError as error:
+        if not any(phrase in str(error) for phrase in _NO_KERNEL):
+            raise
+        raise ValueError(f"attention backend {backend!r} cannot run {str(q.dtype).removeprefix('torch.')} on a "
+                         f"{q.device.type} device here; use sdpa.") from error
     return out.transpose(1, 2).flatten(2)
 
 
@@ -37,7 +48,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 def _sdpa_with(kernel: SDPBackend) -> Backend:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        with sdpa_kernel(kernel):
+        # Flash kernels of CUDA devices take no bias. Only the short attention to the text has one.
+        with sdpa_kernel([kernel] if mask is None else [kernel, *_WITH_BIAS], set_priority=True):
             return _sdpa(q, k, v, mask)
     return run
 

@@ -1,0 +1,41 @@
+"""Our placement under ComfyUI's memory manager, and our conventions beside the core's own code."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.comfy.server import LAUNCHER
+
+PROBE = Path(__file__).resolve().parent / "probe_inside.py"
+PROMISES = {
+    "is_managed": "in ComfyUI models are placed through its memory manager",
+    "size_is_known": "the manager knows how much memory a model takes",
+    "not_built_again": "a model that is there is not built again, whatever working memory a run asks for",
+    "one_at_a_time": "placing one expert frees the other",
+    "evicted": "unloading frees the weights at once",
+    "comes_back": "an unloaded model comes back by itself",
+    "gone_with_its_handle": "nothing outlives the handle, neither weights nor the manager's entry",
+    "previews_can_be_off": "no preview is computed where the user wants none",
+    "previews_are_pictures": "released models preview in the core's way, nano models decode their first frame",
+    "same_noise": "a seed gives the same noise as in the core's samplers",
+    "same_latent_range": "LATENT has the core's range: normalising and restoring are the core's",
+    "same_percents": "start and end percents of a prompt mean the same noise levels",
+    "same_start_from_noise": "a latent with noise in it from a core sampler is taken as the core takes it",
+    "same_end_with_noise": "a latent with noise in it is handed over as the core does it",
+}
+
+
+@pytest.fixture(scope="module")
+def found(comfyui, pack_folder) -> dict[str, bool]:
+    probe = subprocess.run([comfyui.python, LAUNCHER, PROBE, comfyui.checkout, pack_folder], capture_output=True,
+                           text=True, check=False)
+    assert probe.returncode == 0, probe.stderr[-4000:]
+    return json.loads(probe.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("fact", PROMISES)
+def test_inside(found, fact):
+    """Promise: the one that stands beside each fact above."""
+    assert found[fact], PROMISES[fact]
