@@ -1,19 +1,22 @@
 """From a prompt to frames: the engine's parts joined for library and shell users, and the pieces that nodes share."""
 
+import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .conditioning import TextCondition, active
+from .conditioning import ImageChannels, ImageTokens, KnownLatents, TextCondition, VaceCondition, active
 from .memory import OneAtATime
 from .models import Model, TextEncoder, VideoVAE, load_model, load_text_encoder, load_vae
 from .presets import VAESpec
 from .sampling import Conditions, Guidance, Schedule, Step, denoise, make_schedule, needs_uncond
 from .video import check_fps, to_uint8, write_video
+
+log = logging.getLogger(__name__)
 
 # A schedule that begins at least this high starts from pure noise, as the official code does (UniPC's is 0.999).
 PURE_NOISE_SIGMA = 0.999
@@ -69,29 +72,62 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def sample(model: Model, latents: Tensor, schedule: Schedule, conditions: Conditions, guidance: Guidance, *,
-           noise: Tensor | None = None, solver: str = "unipc", on_step: Callable[[Step], None] | None = None,
-           on_block: Callable[[int], None] | None = None) -> Tensor:
+           noise: Tensor | None = None, mask: Tensor | None = None, solver: str = "unipc",
+           on_step: Callable[[Step], None] | None = None, on_block: Callable[[int], None] | None = None) -> Tensor:
     """Denoise raw `latents` [B, C, T, H, W] (zeros for an empty clip) with `model`; returns raw latents on the host.
 
     `noise`, of the same shape, is mixed in at the schedule's first level; None leaves the latents as they are, for a
-    run that goes on from another. Raises ValueError, before weights are loaded, for what does not fit the model.
+    run that goes on from another. `mask` [B, 1, T, H, W] in 0..1 says what is made anew (1) and what is kept of the
+    latents (0). Raises ValueError, before weights are loaded, for what does not fit the model.
     """
     model.check_latents(latents)
-    for condition in (*conditions.positive, *conditions.negative):
-        model.check_context(condition.context)
+    conditions = _completed(model, conditions, tuple(latents.shape))
     check_coverage(model, schedule, conditions, guidance)
     stats, device = model.latent_stats, model.placement.device
     empty = not latents.count_nonzero()
     start = torch.zeros(latents.shape) if empty else stats.normalise(latents.float().cpu())
+    if noise is not None and noise.shape != latents.shape:
+        raise ValueError(f"noise has shape {list(noise.shape)}, the latents {list(latents.shape)}; they must be equal.")
+    if mask is not None:
+        sees_clean = model.spec.model_type == "ti2v"
+        if noise is None and not sees_clean:
+            raise ValueError("a mask of what is kept needs noise to be added in the same run: from latents with noise "
+                             "in them the kept part cannot be told.")
+        known = KnownLatents(start, mask.float().cpu(), None if sees_clean else noise)
+        conditions = replace(conditions, known=known)
     if noise is not None:
-        if noise.shape != latents.shape:
-            raise ValueError(f"noise has shape {list(noise.shape)}, the latents {list(latents.shape)}; "
-                             "they must be equal.")
         sigma = float(schedule.sigmas[0])
         start = noise if sigma >= PURE_NOISE_SIGMA else (1 - sigma) * start + sigma * noise
     result = denoise(model, start.to(device), schedule, conditions, guidance, solver=solver, backend=model.attention,
                      on_step=on_step, on_block=on_block)
     return stats.restore(result.cpu())
+
+
+def _completed(model: Model, conditions: Conditions, shape: tuple[int, ...]) -> Conditions:
+    """`conditions` after a check against model and latents, with empty channels for a model that has no picture.
+
+    What a model could be given and is not is logged, with what happens then. Raises ValueError for what it cannot take.
+    """
+    given = {type(other) for prompt in conditions.positive for other in prompt.beside}
+    if model.spec.in_dim > shape[1] and ImageChannels not in given:
+        log.warning("%s is given no start or end image; it makes one up.", model.preset.title)
+    if model.spec.image_dim and ImageTokens not in given:
+        log.warning("%s is given no CLIP vision features; its attention to the picture is left out, which costs "
+                    "likeness.", model.preset.title)
+    if model.spec.model_type == "vace" and VaceCondition not in given:
+        log.info("%s is given no VACE control; it works as the text-to-video model it was made from.",
+                 model.preset.title)
+
+    def complete(prompt: TextCondition) -> TextCondition:
+        model.check_context(prompt.context)
+        for other in prompt.beside:
+            other.check(model.spec, shape)
+        if model.spec.in_dim > shape[1] and not any(isinstance(other, ImageChannels) for other in prompt.beside):
+            return replace(prompt, beside=(ImageChannels.nothing_known(model.spec, shape), *prompt.beside))
+        return prompt
+
+    return replace(conditions, positive=[complete(prompt) for prompt in conditions.positive],
+                   negative=[complete(prompt) for prompt in conditions.negative])
 
 
 def check_coverage(model: Model, schedule: Schedule, conditions: Conditions, guidance: Guidance) -> None:

@@ -26,6 +26,7 @@ def placement_facts() -> dict[str, bool]:
     import comfy.model_management as management
     import torch
     from the_pack.nodes.host import HOST, ManagedPlacement
+    from the_pack.wan_core.dit import ModelInputs
     from the_pack.wan_core.models import load_experts
 
     def listed() -> list[int]:
@@ -47,7 +48,8 @@ def placement_facts() -> dict[str, bool]:
     management.unload_all_models()
     found["evicted"] = gone() is None and listed() == []
     again = run.get("low")
-    velocity = again(torch.zeros(1, 16, 1, 2, 2), torch.zeros(1), again.prepare_text(torch.zeros(1, 1, 96)))
+    text = again.prepare_text(torch.zeros(1, 1, 96))
+    velocity = again(ModelInputs(torch.zeros(1, 16, 1, 2, 2), torch.zeros(1), text))
     found["comes_back"] = velocity.isfinite().all().item() and len(listed()) == 1
     gone = weakref.ref(again)
     del again, model, run, placement

@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.golden_cases import load_case
-from wan_core.dit import TextTokens, WanTransformer
+from wan_core.dit import ModelInputs, TextTokens, VaceControl, VaceTransformer, WanTransformer
 from wan_core.presets import TRANSFORMERS, TransformerSpec
 
 SPEC = TransformerSpec(model_type="t2v", dim=256, ffn_dim=384, num_heads=2, num_layers=3, text_dim=48)
@@ -59,13 +59,40 @@ def inputs(spec: TransformerSpec = SPEC, batch: int = 1, grid: tuple[int, int, i
 
 
 def golden_model(case) -> WanTransformer:
-    names = ("dim", "ffn_dim", "freq_dim", "text_dim", "text_len", "num_heads", "num_layers", "in_dim", "out_dim",
-             "eps")
-    spec = TransformerSpec(model_type=case.config["model_type"], patch_size=tuple(case.config["patch_size"]),
-                           **{name: case.config[name] for name in names})
-    model = WanTransformer(spec).requires_grad_(False)
+    names = ("model_type", "dim", "ffn_dim", "freq_dim", "text_dim", "text_len", "num_heads", "num_layers", "in_dim",
+             "out_dim", "eps", "vace_in_dim")
+    positions = case.weights.get("img_emb.emb_pos")
+    spec = TransformerSpec(
+        patch_size=tuple(case.config.get("patch_size", (1, 2, 2))),
+        vace_layers=tuple(case.config.get("vace_layers", ())),
+        image_dim=case.config["image_dim"] if "img_emb.proj.1.weight" in case.weights else None,
+        image_tokens=0 if positions is None else positions.shape[1],
+        **{name: case.config[name] for name in names if name in case.config})
+    model = (VaceTransformer if spec.model_type == "vace" else WanTransformer)(spec).requires_grad_(False)
     model.load_state_dict(case.weights)
     return model
+
+
+def golden_inputs(case, model: WanTransformer) -> ModelInputs:
+    """The official arguments as ours: channels behind the latents, CLIP features embedded, one time for each frame."""
+    given = case.inputs
+    latents = torch.cat([given["x"], given["y"]], 1) if "y" in given else given["x"]
+    timestep = given["t"]
+    if timestep.ndim == 2:  # one for each token
+        per_frame = timestep.unflatten(1, (latents.shape[2], -1))
+        assert (per_frame == per_frame[:, :, :1]).all()
+        timestep = per_frame[:, :, 0]
+    text, image, controls = model.prepare_text(golden_context(case)), None, ()
+    if "clip_fea" in given:
+        image = model.prepare_image(given["clip_fea"].reshape(len(latents), -1, case.config["image_dim"]))
+        # The official code joins image and text and takes the last 512 tokens for text. That is the text with the
+        # released models' 512 rows; a case with fewer has some image tokens among them.
+        joined = torch.cat([image, model.text_embedding(golden_context(case))], 1)
+        count = joined.shape[1] - 512
+        image, text = joined[:, :count], TextTokens(joined[:, count:], None)
+    if "vace_context" in given:
+        controls = (VaceControl(given["vace_context"], case.config["vace_context_scale"]),)
+    return ModelInputs(latents, timestep, text, image, controls)
 
 
 def golden_context(case) -> torch.Tensor:
@@ -85,21 +112,25 @@ def in_bfloat16(model: WanTransformer) -> WanTransformer:
     return model
 
 
-@pytest.mark.parametrize("name", ["dit_wan21_t2v", "dit_wan22_t2v"])
+GOLDEN = ["dit_wan21_t2v", "dit_wan22_t2v", "dit_wan21_i2v", "dit_wan21_flf2v", "dit_wan22_i2v", "dit_wan22_ti2v",
+          "dit_wan21_vace"]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
 def test_equals_the_official_transformer(name):
     """Golden cases: max abs error at most 1e-4 in fp32."""
     case = load_case(name)
     model = golden_model(case)
-    velocity = model(case.inputs["x"], case.inputs["t"], model.prepare_text(golden_context(case)))
+    velocity = model(golden_inputs(case, model))
     torch.testing.assert_close(velocity, case.outputs["velocity"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["dit_wan21_t2v", "dit_wan22_t2v"])
+@pytest.mark.parametrize("name", GOLDEN)
 def test_bf16_stays_near_the_official_fp32(name):
     """Golden cases, whose weights are exact in bf16: within 2e-2 relative of fp32, and the result is fp32."""
     case = load_case(name)
     model = in_bfloat16(golden_model(case))
-    velocity = model(case.inputs["x"], case.inputs["t"], model.prepare_text(golden_context(case)))
+    velocity = model(golden_inputs(case, model))
     expected = case.outputs["velocity"]
     assert velocity.dtype == torch.float32
     assert (velocity - expected).norm() <= 2e-2 * expected.norm()
@@ -109,9 +140,9 @@ def test_bf16_stays_near_fp32_with_many_tokens():
     """A model with heads of 128 and a text of 512 rows: bf16 within 2e-2 relative of fp32."""
     latents, timestep, context = inputs(grid=(5, 12, 12))
     model = transformer()
-    exact = model(latents, timestep, model.prepare_text(context))
+    exact = model(ModelInputs(latents, timestep, model.prepare_text(context)))
     model = in_bfloat16(model)
-    rounded = model(latents, timestep, model.prepare_text(context))
+    rounded = model(ModelInputs(latents, timestep, model.prepare_text(context)))
     assert (rounded - exact).norm() <= 2e-2 * exact.norm()
 
 
@@ -131,7 +162,7 @@ def test_equals_diffusers(batch, grid, change):
     padded = torch.nn.functional.pad(context, (0, 0, 0, spec.text_len - context.shape[1]))
     with torch.no_grad():
         theirs = oracle(latents, timestep, padded, return_dict=False)[0]
-        ours = model(latents, timestep, model.prepare_text(context))
+        ours = model(ModelInputs(latents, timestep, model.prepare_text(context)))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
@@ -145,9 +176,9 @@ def test_folded_padding_equals_512_rows(tokens):
     assert unfolded.tokens.shape[1] == 512
     folded = model.prepare_text(context)
     assert folded.tokens.shape[1] == min(tokens + 1, 512)
-    expected = model(latents, timestep, unfolded)
-    torch.testing.assert_close(model(latents, timestep, folded), expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(model(latents, timestep, model.prepare_text(rows)), expected, atol=1e-5, rtol=0)
+    expected = model(ModelInputs(latents, timestep, unfolded))
+    for text in (folded, model.prepare_text(rows)):
+        torch.testing.assert_close(model(ModelInputs(latents, timestep, text)), expected, atol=1e-5, rtol=0)
 
 
 def test_folded_padding_of_two_lengths():
@@ -156,17 +187,18 @@ def test_folded_padding_of_two_lengths():
     latents, timestep, context = inputs(batch=2)
     context[0, 6:] = 0
     rows = torch.nn.functional.pad(context, (0, 0, 0, 512 - context.shape[1]))
-    expected = model(latents, timestep, TextTokens(model.text_embedding(rows), None))
-    torch.testing.assert_close(model(latents, timestep, model.prepare_text(context)), expected, atol=1e-5, rtol=0)
+    expected = model(ModelInputs(latents, timestep, TextTokens(model.text_embedding(rows), None)))
+    velocity = model(ModelInputs(latents, timestep, model.prepare_text(context)))
+    torch.testing.assert_close(velocity, expected, atol=1e-5, rtol=0)
 
 
 def test_samples_of_a_batch_do_not_touch_each_other():
     """Each sample of a batch with its own timestep and text equals a run of its own (which takes the fused norms)."""
     model = transformer()
     latents, timestep, context = inputs(batch=3)
-    together = model(latents, timestep, model.prepare_text(context))
+    together = model(ModelInputs(latents, timestep, model.prepare_text(context)))
     for i in range(3):
-        alone = model(latents[i:i + 1], timestep[i:i + 1], model.prepare_text(context[i:i + 1]))
+        alone = model(ModelInputs(latents[i:i + 1], timestep[i:i + 1], model.prepare_text(context[i:i + 1])))
         torch.testing.assert_close(together[i:i + 1], alone, atol=1e-5, rtol=0)
 
 
@@ -175,9 +207,9 @@ def test_training_and_inference_compute_the_same():
     model = transformer()
     latents, timestep, context = inputs()
     with torch.no_grad():
-        expected = model(latents, timestep, model.prepare_text(context))
+        expected = model(ModelInputs(latents, timestep, model.prepare_text(context)))
     model.requires_grad_(True)
-    velocity = model(latents, timestep, model.prepare_text(context))
+    velocity = model(ModelInputs(latents, timestep, model.prepare_text(context)))
     torch.testing.assert_close(velocity, expected, atol=1e-5, rtol=0)
     velocity.square().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
@@ -190,8 +222,8 @@ def test_inputs_are_not_written_to():
     text = model.prepare_text(context)
     kept = [tensor.clone() for tensor in (latents, timestep, context, text.tokens, text.bias)]
     with torch.no_grad():
-        first = model(latents, timestep, text)
-        assert torch.equal(model(latents, timestep, text), first)
+        first = model(ModelInputs(latents, timestep, text))
+        assert torch.equal(model(ModelInputs(latents, timestep, text)), first)
     assert all(map(torch.equal, kept, (latents, timestep, context, text.tokens, text.bias)))
 
 
@@ -217,7 +249,7 @@ def test_time_modulation_is_broadcast(batch):
     latents, timestep, context = inputs(batch=batch, grid=(2, 32, 32))
     tokens = 2 * 16 * 16
     with torch.no_grad(), Sizes() as sizes:
-        model(latents, timestep, model.prepare_text(context))
+        model(ModelInputs(latents, timestep, model.prepare_text(context)))
     assert batch * tokens * SPEC.dim <= sizes.largest < batch * tokens * 6 * SPEC.dim
 
 
@@ -226,7 +258,7 @@ def test_on_block_sees_every_block_and_can_stop():
     model = transformer()
     latents, timestep, context = inputs()
     text, seen = model.prepare_text(context), []
-    model(latents, timestep, text, on_block=seen.append)
+    model(ModelInputs(latents, timestep, text), on_block=seen.append)
     assert seen == [0, 1, 2]
 
     def stop(index):
@@ -236,7 +268,7 @@ def test_on_block_sees_every_block_and_can_stop():
 
     seen.clear()
     with pytest.raises(KeyboardInterrupt):
-        model(latents, timestep, text, on_block=stop)
+        model(ModelInputs(latents, timestep, text), on_block=stop)
     assert seen == [0, 1]
 
 
@@ -254,7 +286,8 @@ def test_latents_that_do_not_fit_are_refused(shape, message):
     model = transformer()
     text = model.prepare_text(inputs()[2])
     with pytest.raises(ValueError, match=message):
-        model(torch.zeros(shape), torch.tensor([500.0]), text, on_block=lambda index: pytest.fail("a block ran"))
+        model(ModelInputs(torch.zeros(shape), torch.tensor([500.0]), text),
+              on_block=lambda index: pytest.fail("a block ran"))
 
 
 @pytest.mark.parametrize("shape", [(1, 20, 47), (20, 48), (1, 1, 20, 48)])
@@ -269,14 +302,14 @@ def test_unknown_backend_is_refused_before_any_block():
     model = transformer()
     latents, timestep, context = inputs()
     with pytest.raises(ValueError, match="'flesh'; choose one of sdpa"):
-        model(latents, timestep, model.prepare_text(context), backend="flesh",
+        model(ModelInputs(latents, timestep, model.prepare_text(context)), backend="flesh",
               on_block=lambda index: pytest.fail("a block ran"))
 
 
 def test_other_branches_are_refused():
     """A transformer that this version cannot run is an error and not a wrong video."""
-    with pytest.raises(ValueError, match="'i2v' is not supported"):
-        WanTransformer(TRANSFORMERS["wan21_i2v_14b"])
+    with pytest.raises(ValueError, match="'s2v' is not supported"):
+        WanTransformer(TRANSFORMERS["wan22_s2v_14b"])
 
 
 def test_training_starts_at_zero_velocity():
@@ -285,7 +318,7 @@ def test_training_starts_at_zero_velocity():
     model.init_weights()
     latents, timestep, context = inputs()
     model.head.requires_grad_(True)
-    velocity = model(latents, timestep, model.prepare_text(context))
+    velocity = model(ModelInputs(latents, timestep, model.prepare_text(context)))
     assert not velocity.any()
     (velocity - 1).square().mean().backward()
     assert model.head.head.weight.grad.any()

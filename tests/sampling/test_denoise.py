@@ -9,7 +9,7 @@ import torch
 
 from tests.golden_cases import load_case
 from wan_core.conditioning import SigmaRange, TextCondition
-from wan_core.dit import WanTransformer
+from wan_core.dit import ModelInputs, WanTransformer
 from wan_core.memory import OneAtATime
 from wan_core.presets import TransformerSpec
 from wan_core.sampling import Conditions, Guidance, denoise, make_schedule, schedule_from_sigmas
@@ -151,7 +151,7 @@ def velocity(experts, latents, sigma, condition):
     """The transformer's own answer, one call."""
     model = experts.get(experts.name_at(1000 * sigma))
     context = condition.context.expand(latents.shape[0], -1, -1)
-    return model(latents, torch.full((latents.shape[0],), 1000 * sigma), model.prepare_text(context))
+    return model(ModelInputs(latents, torch.full((latents.shape[0],), 1000 * sigma), model.prepare_text(context)))
 
 
 def test_one_step_is_guidance_and_the_solvers_step(experts):

@@ -10,29 +10,20 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class SigmaRange:
-    """Noise levels from `start` (higher, reached first) down to `end`, both included."""
-
-    start: float = math.inf
-    end: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.start >= self.end:
-            raise ValueError(f"a sigma range runs from high to low noise, got start {self.start} and end {self.end}.")
-
-    def holds(self, sigma: float) -> bool:
-        return self.end <= sigma <= self.start
+from .condition import Condition, SigmaRange
 
 
 @dataclass(frozen=True, eq=False)
 class TextCondition:
-    """`context` [B, L, text_dim] from the text encoder, zero rows at the end being padding."""
+    """`context` [B, L, text_dim] from the text encoder, zero rows at the end being padding.
+
+    `beside` are the other conditions that hold together with this prompt: pictures, controls.
+    """
 
     context: Tensor
     sigmas: SigmaRange = field(default_factory=SigmaRange)
     strength: float = 1.0
+    beside: tuple[Condition, ...] = ()
 
     def __post_init__(self) -> None:
         if self.context.ndim != 3:

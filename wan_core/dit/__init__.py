@@ -1,6 +1,9 @@
 """The Wan diffusion transformer: released parameter names, one attention function, rotary tables."""
 
 from .attention import BACKENDS, attention, check_backend
-from .model import TextTokens, WanTransformer
+from .inputs import ModelInputs, TextTokens, VaceControl
+from .model import WanTransformer
+from .vace import VaceTransformer
 
-__all__ = ["BACKENDS", "TextTokens", "WanTransformer", "attention", "check_backend"]
+__all__ = ["BACKENDS", "ModelInputs", "TextTokens", "VaceControl", "VaceTransformer", "WanTransformer", "attention",
+           "check_backend"]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attention
+from .inputs import TextTokens
 from .rope import rotate
 
 # What PyTorch's own compiler calls for a linear layer and its activation; absent in builds without oneDNN.
@@ -108,11 +109,14 @@ class SelfAttention(nn.Module):
 class CrossAttention(SelfAttention):
     """Attention of the video tokens to the text tokens; no rotation."""
 
-    def forward(self, x: Tensor, text: Tensor, text_bias: Tensor | None, backend: str) -> Tensor:
-        """x [B, L, D], text [B, N, D], text_bias [N] or None -> [B, L, D]."""
+    def forward(self, x: Tensor, text: TextTokens, image: Tensor | None, backend: str) -> Tensor:
+        """x [B, L, D], text [B, N, D] -> [B, L, D]. `image` is None: this attention has no layers for it."""
         q = self._scaled(*self.norm_q.parts(self.q(x))).to(x.dtype)
-        k = self._scaled(*self.norm_k.parts(self.k(text))).to(x.dtype)
-        return self.o(attention(q, k, self._heads(self.v(text)), bias=text_bias, backend=backend))
+        return self.o(self._to_text(q, text, backend))
+
+    def _to_text(self, q: Tensor, text: TextTokens, backend: str) -> Tensor:
+        k = self._scaled(*self.norm_k.parts(self.k(text.tokens))).to(q.dtype)
+        return attention(q, k, self._heads(self.v(text.tokens)), bias=text.bias, backend=backend)
 
     def _scaled(self, x: Tensor, scale: Tensor) -> Tensor:
         return self._heads(x * scale if torch.is_grad_enabled() else x.mul_(scale))

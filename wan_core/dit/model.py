@@ -8,6 +8,7 @@ checkpoints, so a file's tensors are assigned as they are (Wan2.1 `wan/modules/m
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from ..presets import TransformerSpec
 from .attention import check_backend
+from .image import ImageCrossAttention, ImageEmbedding
+from .inputs import ModelInputs, TextTokens
 from .layers import (
     CrossAttention,
     Float32Linear,
@@ -25,21 +28,32 @@ from .layers import (
     modulated_norm,
 )
 from .rope import rope_table
+from .time import TimeRows, sinusoidal_embedding, time_rows
 
 # Highest position on any axis that the released models' rotary tables know.
 MAX_POSITION = 1024
 
 
-@dataclass(frozen=True)
-class TextTokens:
-    """Text as the blocks see it: embedded tokens [B, N, dim] and a bias [N] for their attention logits, or None.
+# What this class runs; branches with blocks of their own are subclasses.
+MODEL_TYPES = ("t2v", "i2v", "flf2v", "ti2v")
 
-    Officially a text is zero-padded to 512 tokens which all take part in attention. The padding rows are all alike, and
-    n equal keys weigh as much as one key whose logit is raised by log(n): so one row stands for all of them.
-    """
 
-    tokens: Tensor
-    bias: Tensor | None
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What all blocks of a call are given: time [B, 6, D] for each run of tokens, rope, text and image tokens."""
+
+    time: TimeRows
+    rope: Tensor
+    text: TextTokens
+    image: Tensor | None
+    backend: str
+
+
+class SideBranch(Protocol):
+    """Something that runs beside the blocks of one call and adds to their tokens."""
+
+    def after_block(self, index: int, x: Tensor) -> Tensor:
+        """Tokens x [B, L, D] behind block `index`, with what this branch adds there."""
 
 
 class Block(nn.Module):
@@ -50,20 +64,29 @@ class Block(nn.Module):
         self.eps = spec.eps
         self.self_attn = SelfAttention(spec.dim, spec.num_heads, spec.eps)
         self.norm3 = LayerNorm(spec.dim, spec.eps)
-        self.cross_attn = CrossAttention(spec.dim, spec.num_heads, spec.eps)
+        cross_attention = ImageCrossAttention if spec.image_dim else CrossAttention
+        self.cross_attn = cross_attention(spec.dim, spec.num_heads, spec.eps)
         self.ffn = nn.Sequential(Linear(spec.dim, spec.ffn_dim), nn.GELU(approximate="tanh"),
                                  Linear(spec.ffn_dim, spec.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, spec.dim) / spec.dim ** 0.5)
 
-    def forward(self, x: Tensor, time: Tensor, rope: Tensor, text: TextTokens, backend: str) -> Tensor:
-        """x [B, L, D] float32, time [B, 6, D] float32 -> [B, L, D] float32."""
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        """x [B, L, D] float32 -> [B, L, D] float32."""
         dtype = self.ffn[0].weight.dtype
-        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = (self.modulation.float() + time).split(1, dim=1)
-        h = modulated_norm(x, shift_sa, scale_sa, self.eps).to(dtype)
-        x = add_residual(x, self.self_attn(h, rope, backend), gate_sa)
-        x = add_residual(x, self.cross_attn(self.norm3(x).to(dtype), text.tokens, text.bias, backend))
-        h = modulated_norm(x, shift_ffn, scale_ffn, self.eps).to(dtype)
-        return add_residual(x, self.ffn[2](self.ffn[0](h, gelu=True)), gate_ffn)
+        time = shared.time.map(lambda row: self.modulation.float() + row)
+        h = self._modulated(x, time, 0, dtype)
+        x = _add_gated(x, self.self_attn(h, shared.rope, shared.backend), time, 2)
+        h = self.norm3(x).to(dtype)
+        x = add_residual(x, self.cross_attn(h, shared.text, shared.image, shared.backend))
+        h = self._modulated(x, time, 3, dtype)
+        return _add_gated(x, self.ffn[2](self.ffn[0](h, gelu=True)), time, 5)
+
+    def _modulated(self, x: Tensor, time: TimeRows, index: int, dtype: torch.dtype) -> Tensor:
+        """The normed tokens, shifted and scaled by rows `index` and `index` + 1 of the modulation."""
+        def norm(part: Tensor, row: Tensor) -> Tensor:
+            return modulated_norm(part, row[:, index:index + 1], row[:, index + 1:index + 2], self.eps).to(dtype)
+
+        return time.per_run(norm, x)
 
 
 class Head(nn.Module):
@@ -75,10 +98,13 @@ class Head(nn.Module):
         self.head = Float32Linear(spec.dim, spec.out_dim * math.prod(spec.patch_size))
         self.modulation = nn.Parameter(torch.randn(1, 2, spec.dim) / spec.dim ** 0.5)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x [B, L, D], time [B, D] -> [B, L, patch volume * out_dim]."""
-        shift, scale = (self.modulation.float() + time.unsqueeze(1)).split(1, dim=1)
-        return self.head(modulated_norm(x, shift, scale, self.eps))
+    def forward(self, x: Tensor, time: TimeRows) -> Tensor:
+        """x [B, L, D], time [B, D] for each run -> [B, L, patch volume * out_dim]."""
+        def project(part: Tensor, row: Tensor) -> Tensor:
+            shift, scale = (self.modulation.float() + row.unsqueeze(1)).split(1, dim=1)
+            return self.head(modulated_norm(part, shift, scale, self.eps))
+
+        return time.per_run(project, x)
 
 
 class WanTransformer(nn.Module):
@@ -87,10 +113,13 @@ class WanTransformer(nn.Module):
     Build it on the meta device and assign weights, or call `init_weights` to train from nothing.
     """
 
+    model_types = MODEL_TYPES
+
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
-        if spec.model_type != "t2v":
-            raise ValueError(f"this version runs text-to-video transformers; {spec.model_type!r} is not supported yet.")
+        if spec.model_type not in self.model_types:
+            raise ValueError(f"{type(self).__name__} runs transformers of type {', '.join(self.model_types)}; "
+                             f"{spec.model_type!r} is not supported.")
         self.spec = spec
         self.patch_embedding = nn.Conv3d(spec.in_dim, spec.dim, spec.patch_size, stride=spec.patch_size)
         self.text_embedding = nn.Sequential(Linear(spec.text_dim, spec.dim), nn.GELU(approximate="tanh"),
@@ -100,25 +129,40 @@ class WanTransformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), Float32Linear(spec.dim, spec.dim * 6))
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
         self.head = Head(spec)
+        if spec.image_dim:
+            self.img_emb = ImageEmbedding(spec)
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: TextTokens, *, backend: str = "sdpa",
+    def forward(self, inputs: ModelInputs, *, backend: str = "sdpa",
                 on_block: Callable[[int], None] | None = None) -> Tensor:
-        """Velocity [B, out_dim, T, H, W] (float32) of normalised `latents` [B, in_dim, T, H, W].
+        """Velocity [B, out_dim, T, H, W] (float32) of a noisy video.
 
-        `timestep` [B] is in 0..1000 (1000 * sigma). `text` comes from `prepare_text`. `on_block(i)` is called before
-        block i and may raise to stop. Raises ValueError for sizes off the patch grid or an unknown backend.
+        `on_block(i)` is called before block i and may raise to stop. Raises ValueError for sizes off the patch grid,
+        inputs that this model does not have, batches that differ, or an unknown backend.
         """
         check_backend(backend)
-        grid = self._grid(latents)
-        x = self._embed_patches(latents)
-        time = self.time_embedding(sinusoidal_embedding(timestep, self.spec.freq_dim))
-        block_time = self.time_projection(time).unflatten(1, (6, -1))
-        rope = rope_table(grid, self.spec.dim // self.spec.num_heads, x.device)
+        grid = self._grid(inputs.latents)
+        self._check(inputs)
+        x = self._embed_patches(inputs.latents, self.patch_embedding)
+        time = time_rows(inputs.timestep, grid[0], grid[1] * grid[2])
+        time = time.map(lambda row: self.time_embedding(sinusoidal_embedding(row, self.spec.freq_dim)))
+        shared = Shared(time.map(lambda row: self.time_projection(row).unflatten(1, (6, -1))),
+                        rope_table(grid, self.spec.dim // self.spec.num_heads, x.device), inputs.text, inputs.image,
+                        backend)
+        branches = self._side_branches(inputs, x, shared)
         for index, block in enumerate(self.blocks):
             if on_block:
                 on_block(index)
-            x = block(x, block_time, rope, text, backend)
+            x = block(x, shared)
+            for branch in branches:
+                x = branch.after_block(index, x)
         return self._assemble_patches(self.head(x, time), grid)
+
+    def _side_branches(self, inputs: ModelInputs, x: Tensor, shared: Shared) -> list[SideBranch]:
+        """What runs beside the blocks, made from `inputs` and the embedded patches x [B, L, D] (not to be kept)."""
+        if inputs.controls:
+            raise ValueError(f"a VACE control was given, and a transformer of type {self.spec.model_type} has no VACE "
+                             "blocks. Use a VACE model, or add a VACE module to this one.")
+        return []
 
     def prepare_text(self, context: Tensor) -> TextTokens:
         """Embed text [B, L, text_dim], zero rows at the end being padding; once per prompt, not per step.
@@ -139,6 +183,17 @@ class WanTransformer(nn.Module):
             bias[-1] = math.log(padding)
         return TextTokens(self.text_embedding(rows), bias)
 
+    def prepare_image(self, features: Tensor) -> Tensor:
+        """Embed CLIP features [B, N, image_dim] of one or more images, their tokens one after the other; once a run.
+
+        Raises ValueError for another width, for more tokens than the model has positions for, and for a model without
+        image tokens.
+        """
+        if not self.spec.image_dim:
+            raise ValueError("CLIP vision features were given, and this model takes none: pictures enter it through "
+                             "its latent channels alone.")
+        return self.img_emb(features)
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Initialise for training from nothing: Xavier matrices, normal embeddings, a head that predicts zero."""
@@ -146,7 +201,8 @@ class WanTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+            elif isinstance(module, nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
         for embedding in (self.text_embedding, self.time_embedding):
             for layer in (embedding[0], embedding[2]):
                 nn.init.normal_(layer.weight, std=0.02)
@@ -166,13 +222,23 @@ class WanTransformer(nn.Module):
                              f"1 to {MAX_POSITION} positions on each axis.")
         return grid
 
-    def _embed_patches(self, latents: Tensor) -> Tensor:
+    def _check(self, inputs: ModelInputs) -> None:
+        """Raise ValueError where the parts belong to batches of different sizes."""
+        batch = inputs.latents.shape[0]
+        parts = {"timesteps": inputs.timestep, "text": inputs.text.tokens, "image": inputs.image,
+                 **{"VACE control": control.latents for control in inputs.controls}}
+        for name, part in parts.items():
+            if part is not None and part.shape[0] != batch:
+                raise ValueError(f"{name}: a batch of {part.shape[0]}, and the latents are a batch of {batch}; "
+                                 "they must be equal.")
+
+    def _embed_patches(self, latents: Tensor, embedding: nn.Conv3d) -> Tensor:
         """[B, C, T, H, W] -> float32 tokens [B, L, dim]. A convolution that steps by its own size is a linear layer."""
-        weight = self.patch_embedding.weight
+        weight = embedding.weight
         t, h, w = self.spec.patch_size
         patches = latents.unflatten(4, (-1, w)).unflatten(3, (-1, h)).unflatten(2, (-1, t))  # B C F t H h W w
         patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
-        return F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias).float()
+        return F.linear(patches.to(weight.dtype), weight.flatten(1), embedding.bias).float()
 
     def _assemble_patches(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, L, t * h * w * C] with the channel innermost -> [B, C, T, H, W]."""
@@ -180,9 +246,8 @@ class WanTransformer(nn.Module):
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """[B] -> [B, dim]: cosines, then sines, of timestep * 10000^(-i / (dim / 2)), in float64, returned as float32."""
-    half = dim // 2
-    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
-    angles = torch.outer(timestep.double(), frequencies)
-    return torch.cat([angles.cos(), angles.sin()], -1).float()
+def _add_gated(x: Tensor, update: Tensor, time: TimeRows, index: int) -> Tensor:
+    """x + gate * update, the gate being row `index` of the modulation; in place unless gradients are recorded."""
+    parts = [add_residual(part, change, row[:, index:index + 1])
+             for part, change, row in zip(x.split(time.lengths, 1), update.split(time.lengths, 1), time.rows)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1) if torch.is_grad_enabled() else x

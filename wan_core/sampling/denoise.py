@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..conditioning import TextCondition, active
-from ..dit import TextTokens, WanTransformer
+from ..conditioning import KnownLatents, TextCondition, active
+from ..dit import ModelInputs, TextTokens, WanTransformer
 from .guidance import Guidance, classifier_free_guidance, needs_uncond
 from .schedules import Schedule
 from .solvers import SOLVERS
@@ -47,10 +47,12 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """The prompts of a run: what to move towards and, unless all guidance scales are 1, what to move away from."""
+    """What a run is guided by: prompts to move towards and, unless all guidance scales are 1, to move away from, with
+    what holds beside each of them; and the part of the result that is known already, if any."""
 
     positive: Sequence[TextCondition]
     negative: Sequence[TextCondition] = ()
+    known: KnownLatents | None = None
 
 
 @torch.no_grad()
@@ -68,20 +70,21 @@ def denoise(experts: Experts, latents: Tensor, schedule: Schedule, conditions: C
     if not conditions.negative and any(needs_uncond(guidance.scale_for(name)) for name in names):
         raise ValueError("guidance above 1 needs a negative prompt (it may be empty), and none was given.")
     run, sample = SOLVERS[solver](schedule), latents.float()
-    texts: dict[tuple[str, int], TextTokens] = {}
+    known = conditions.known and conditions.known.to(sample.device)
+    prepared = _Prepared()
     for index, name in enumerate(names):
         # The last step's expert must not be held here while the next one is made ready: there is room for one.
         model = None
         model, sigma = experts.get(name), float(schedule.sigmas[index])
         timestep = schedule.timesteps[index].to(sample.device).expand(sample.shape[0])
+        if known:
+            sample, timestep = known.blend(sample, sigma), known.timesteps(timestep)
 
         def velocity_for(branch: Sequence[TextCondition]) -> Tensor:
             total = 0.0
             for condition, share in active(branch, sigma):
-                key = (name, id(condition))
-                if key not in texts:
-                    texts[key] = model.prepare_text(condition.context.expand(sample.shape[0], -1, -1))
-                velocity = model(sample, timestep, texts[key], backend=backend, on_block=on_block)
+                inputs = prepared.inputs(name, model, condition, sample, timestep, sigma)
+                velocity = model(inputs, backend=backend, on_block=on_block)
                 total = velocity if share == 1 else total + velocity * share
             return total
 
@@ -89,8 +92,37 @@ def denoise(experts: Experts, latents: Tensor, schedule: Schedule, conditions: C
         velocity = velocity_for(conditions.positive)
         if needs_uncond(scale):
             velocity = classifier_free_guidance(velocity, velocity_for(conditions.negative), scale)
+        if known:
+            velocity = known.steer(velocity, sample, sigma)
         clean = sample - sigma * velocity
         sample = run.step(velocity, index, sample)
+        if known:
+            sample = known.blend(sample, float(schedule.sigmas[index + 1]))
         if on_step:
             on_step(Step(index, len(names), sigma, name, sample, clean))
     return sample
+
+
+class _Prepared:
+    """What the conditions of a run have prepared, once for each expert."""
+
+    def __init__(self) -> None:
+        self._done: dict[tuple[str, int], TextTokens | Tensor] = {}
+
+    def inputs(self, expert: str, model: WanTransformer, condition: TextCondition, sample: Tensor, timestep: Tensor,
+               sigma: float) -> ModelInputs:
+        """The inputs of `model` for one prompt and what holds beside it."""
+        def text() -> TextTokens:
+            return model.prepare_text(condition.context.expand(sample.shape[0], -1, -1))
+
+        inputs = ModelInputs(sample, timestep, self._once(expert, condition, text))
+        for other in condition.beside:
+            prepared = self._once(expert, other, lambda other=other: other.prepare(model, sample))
+            inputs = other.add(inputs, prepared, sigma)
+        return inputs
+
+    def _once(self, expert: str, condition: object, prepare: Callable[[], TextTokens | Tensor]) -> TextTokens | Tensor:
+        key = expert, id(condition)
+        if key not in self._done:
+            self._done[key] = prepare()
+        return self._done[key]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..dit import WanTransformer
+from ..dit import ModelInputs, WanTransformer
 from ..presets import TEXT_ENCODERS, TRANSFORMERS, VAES
 from ..text import Tokenizer, UMT5Encoder
 from ..vae import LatentStats, WanVAE
@@ -57,7 +57,7 @@ class TextToVideo(nn.Module):
 
     def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         context = self.text_encoder(ids, mask) * mask.unsqueeze(-1)
-        return self.transformer(noisy, timesteps, self.transformer.prepare_text(context))
+        return self.transformer(ModelInputs(noisy, timesteps, self.transformer.prepare_text(context)))
 
 
 class Clips:
