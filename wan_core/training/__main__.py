@@ -68,7 +68,7 @@ def _experts(options: argparse.Namespace) -> None:
     for name, file in load.items():
         module = load_module(getattr(base, name), file, dtype_for=lambda _, stored: torch.float32)
         module.requires_grad_(True)
-    training = T2VTraining(steps=options.steps or 500, muon_lr=5e-4, adam_lr=5e-4)
+    training = T2VTraining(steps=options.steps or 1600, muon_lr=5e-4, adam_lr=5e-4)
     clips = Clips(load_vae().module(), text_encoder.tokenizer, training, options.run / "latents.pt")
     for path, high in ((nano.T2V_HIGH, True), (nano.T2V_LOW, False)):
         name = "high_noise" if high else "low_noise"
