@@ -25,7 +25,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from wan_core.dit import WanTransformer  # noqa: E402
+from wan_core.dit import ModelInputs, WanTransformer  # noqa: E402
 from wan_core.presets import VAES, TransformerSpec  # noqa: E402
 from wan_core.vae import WanVAE  # noqa: E402
 
@@ -37,20 +37,22 @@ VIDEO = (17, 192, 192)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", choices=("dit", "vae", "vae-memory", "vae-peak"))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--frames", type=int, default=VIDEO[0])
-    parser.add_argument("--side", type=int, default=VIDEO[1])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--which", choices=("ours", "diffusers"), default="ours")
+    works = {"dit": transformer, "vae": vae_decode, "vae-memory": vae_memory, "vae-peak": vae_peak}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("work", choices=works, help="\n".join(
+        f"{name + ':':<12}{function.__doc__.splitlines()[0]}" for name, function in works.items()))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of dit")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs after the warm-up (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=VIDEO[0], help="of vae and vae-peak (default: %(default)s)")
+    parser.add_argument("--side", type=int, default=VIDEO[1], help="width and height of videos (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="of dit, vae and vae-peak (default: %(default)s)")
+    parser.add_argument("--which", choices=("ours", "diffusers"), default="ours", help="of vae-peak")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     with torch.inference_mode():
-        {"dit": transformer, "vae": vae_decode, "vae-memory": vae_memory, "vae-peak": vae_peak}[options.work](options)
+        works[options.work](options)
 
 
 def transformer(options: argparse.Namespace) -> None:
@@ -65,9 +67,9 @@ def transformer(options: argparse.Namespace) -> None:
     latents, timestep = torch.randn(1, 16, *GRID).to(options.device), torch.tensor([500.0], device=options.device)
     context = torch.zeros(1, 512, SPEC.text_dim, device=options.device)
     context[:, :PROMPT_TOKENS] = torch.randn(1, PROMPT_TOKENS, SPEC.text_dim)
-    text = ours.prepare_text(context)
+    ours_inputs = ModelInputs(latents, timestep, ours.prepare_text(context))
     inputs = {"hidden_states": latents.to(dtype), "timestep": timestep, "encoder_hidden_states": context.to(dtype)}
-    times = interleave({"ours": lambda: ours(latents, timestep, text),
+    times = interleave({"ours": lambda: ours(ours_inputs),
                         "diffusers": lambda: theirs(**inputs, return_dict=False)}, options.rounds)
     tokens = GRID[0] * GRID[1] * GRID[2] // 4
     flops = transformer_flops(SPEC, tokens)

@@ -5,6 +5,7 @@ Saved workflows hold the ids and store widget values by position: ids never chan
 
 from .latent import WanCoreDecode, WanCoreEmptyLatent
 from .loaders import (
+    WanCoreCLIPVisionLoader,
     WanCoreExpertPairLoader,
     WanCoreModelLoader,
     WanCoreTextEncoderLoader,
@@ -18,6 +19,7 @@ NODE_CLASS_MAPPINGS = {
     "WanCoreModelLoader": WanCoreModelLoader,
     "WanCoreExpertPairLoader": WanCoreExpertPairLoader,
     "WanCoreTextEncoderLoader": WanCoreTextEncoderLoader,
+    "WanCoreCLIPVisionLoader": WanCoreCLIPVisionLoader,
     "WanCoreVAELoader": WanCoreVAELoader,
     "WanCoreTextEncode": WanCoreTextEncode,
     "WanCoreEmptyLatent": WanCoreEmptyLatent,
@@ -30,6 +32,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreModelLoader": "Wan Model Loader",
     "WanCoreExpertPairLoader": "Wan Expert Pair Loader",
     "WanCoreTextEncoderLoader": "Wan Text Encoder Loader",
+    "WanCoreCLIPVisionLoader": "Wan CLIP Vision Loader",
     "WanCoreVAELoader": "Wan VAE Loader",
     "WanCoreTextEncode": "Wan Text Encode",
     "WanCoreEmptyLatent": "Wan Empty Latent",

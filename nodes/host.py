@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..wan_core import nano
 from ..wan_core.memory import OneAtATime, Placement
-from ..wan_core.models import Model, Part, TextEncoder, VideoVAE, load_vae
+from ..wan_core.models import Model, Part, TextEncoder, VideoVAE, VisionEncoder, load_vae
 from ..wan_core.presets import VAES, VAESpec
 from ..wan_core.vae import LatentStats
 
@@ -49,9 +49,10 @@ BUNDLED = {
     "diffusion_models": nano.TRANSFORMERS,
     "text_encoders": (nano.TEXT_ENCODER,),
     "vae": (nano.VAE,),
+    "clip_vision": (),
 }
 
-Handle = TypeVar("Handle", Model, TextEncoder, VideoVAE)
+Handle = TypeVar("Handle", Model, TextEncoder, VisionEncoder, VideoVAE)
 Preview = tuple | None
 Advance = Callable[..., None]
 
@@ -93,7 +94,10 @@ class Standalone:
         return " ".join(f"{state.st_mtime_ns}-{state.st_size}" for state in states)
 
     def placement(self, kind: str) -> Placement:
-        """Where a 'transformer', 'text_encoder' or 'vae' lives; one for each handle, shared by its changed copies."""
+        """Where a 'transformer', 'text_encoder', 'clip_vision' or 'vae' lives.
+
+        There is one for each handle, shared by its changed copies.
+        """
         return OneAtATime()
 
     def with_room(self, handle: Handle, nbytes: int) -> Handle:
@@ -155,6 +159,8 @@ class ComfyUI(Standalone):
         device, offload_device = {
             "transformer": (management.get_torch_device, management.unet_offload_device),
             "text_encoder": (management.text_encoder_device, management.text_encoder_offload_device),
+            # The core keeps CLIP vision models where it keeps text encoders.
+            "clip_vision": (management.text_encoder_device, management.text_encoder_offload_device),
             "vae": (management.vae_device, management.vae_offload_device),
         }[kind]
         return ManagedPlacement(device(), offload_device())

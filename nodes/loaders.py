@@ -8,12 +8,12 @@ import logging
 
 from ..wan_core.dit import BACKENDS
 from ..wan_core.memory.placement import DTYPES
-from ..wan_core.models import Model, load_experts, load_model, load_text_encoder, load_vae
+from ..wan_core.models import Model, load_clip_vision, load_experts, load_model, load_text_encoder, load_vae
 from ..wan_core.presets import PRESETS, TRANSFORMERS
 from ..wan_core.vae import Tiling
 from ..wan_core.weights import can_run
 from .host import HOST
-from .sockets import ComfyTextEncoder, ComfyVAE
+from .sockets import ComfyCLIPVision, ComfyTextEncoder, ComfyVAE
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +135,36 @@ class WanCoreTextEncoderLoader:
         encoder = load_text_encoder(HOST.model_path("text_encoders", text_encoder),
                                     placement=HOST.placement("text_encoder"))
         return (ComfyTextEncoder(encoder),)
+
+
+class WanCoreCLIPVisionLoader:
+    """A CLIP vision model as ComfyUI's CLIP_VISION."""
+
+    DESCRIPTION = ("Opens the CLIP vision model (ViT-H/14) through which Wan 2.1's image-to-video models look at a "
+                   "picture. The result works in ComfyUI's own CLIP Vision Encode; pictures are resized as in the "
+                   "official code.")
+    CATEGORY = "Wan/loaders"
+    SEARCH_ALIASES = ["wan", "load clip vision", "clip vision loader", "image encoder", "vit-h", "i2v"]
+    RETURN_TYPES = ("CLIP_VISION",)
+    RETURN_NAMES = ("clip_vision",)
+    OUTPUT_TOOLTIPS = ("The CLIP vision model, for CLIP Vision Encode.",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {
+            "clip_vision": (HOST.model_names("clip_vision"), {
+                "tooltip": "A file in models/clip_vision: clip_vision_h, or the official models_clip file."}),
+            "precision": PRECISION,
+        }}
+
+    @classmethod
+    def IS_CHANGED(cls, clip_vision: str, **_others: object) -> str:
+        return HOST.fingerprint("clip_vision", clip_vision)
+
+    def load(self, clip_vision: str, precision: str) -> tuple[ComfyCLIPVision]:
+        return (ComfyCLIPVision(load_clip_vision(HOST.model_path("clip_vision", clip_vision),
+                                                 placement=HOST.placement("clip_vision"), dtype=precision)),)
 
 
 class WanCoreVAELoader:

@@ -1,9 +1,9 @@
-"""Our text encoder and VAE in the shape of ComfyUI's CLIP and VAE objects, so that the core's nodes take them.
+"""Our text encoder, CLIP vision model and VAE in the shape of ComfyUI's objects, so that the core's nodes take them.
 
 A socket's type is a name and the core calls a few methods of what comes through it; these classes have those methods
 and no others. Value ranges are the core's: IMAGE [F, H, W, 3] in 0..1, LATENT [B, 16, T, h, w] as the VAE makes it, not
 normalised, and CONDITIONING with [1, 512, width] embeddings, zero past the prompt's end.
-Reference: ComfyUI's `nodes.py` and `comfy/sd.py`.
+Reference: ComfyUI's `nodes.py`, `comfy/sd.py` and `comfy/clip_vision.py`.
 """
 
 import logging
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..wan_core.memory import working_dtype
-from ..wan_core.models import TextEncoder, VideoVAE
+from ..wan_core.models import TextEncoder, VideoVAE, VisionEncoder
 from ..wan_core.presets import PRESETS
 from ..wan_core.text import encode_pieces, weighted_pieces
 from ..wan_core.text.tokenizer import EOS_ID, PAD_ID
@@ -30,6 +30,10 @@ Tokens = dict[str, list[list[tuple[int, float]]]]
 # What the VAE needs beside its weights, in copies of one piece (four frames) at full resolution and base width: the
 # causal memory and what is alive at the widest point. Measured for decoding in float32 on a CPU: 17.
 VAE_COPIES = 20
+
+# What the CLIP vision model needs beside its weights, in float32 copies of its widest layer: what goes into and comes
+# out of the activation, the residual and its norms.
+CLIP_VISION_COPIES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +81,47 @@ class ComfyTextEncoder:
         raise AttributeError(f"Wan Text Encoder Loader gives a plain UMT5 encoder without {name!r}: nodes that patch a "
                              "CLIP model do not work on it. Connect it to a text encode node, or use ComfyUI's Load "
                              "CLIP for them.")
+
+
+@dataclass(frozen=True, eq=False)
+class CLIPVisionOutput:
+    """What ComfyUI's CLIP_VISION_OUTPUT holds, read as attributes or by key.
+
+    Wan's nodes read `penultimate_hidden_states` [B, tokens, dim] alone. `last_hidden_state` has the same shape,
+    `image_embeds` is [B, width of CLIP's joint space]; `mm_projected` belongs to other models. All float32.
+    """
+
+    penultimate_hidden_states: Tensor
+    last_hidden_state: Tensor
+    image_embeds: Tensor
+    mm_projected: None = None
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        return getattr(self, name)
+
+
+@dataclass(frozen=True, eq=False)
+class ComfyCLIPVision:
+    """ComfyUI's CLIP_VISION socket on a `VisionEncoder`."""
+
+    encoder: VisionEncoder
+
+    def encode_image(self, image: Tensor, crop: bool = True) -> CLIPVisionOutput:
+        """Features of pictures [B, H, W, 3] in 0..1; `crop` takes the middle of each, without it they are squashed.
+
+        Pictures are resized as in the official code, where the core's own class filters them before and rounds them to
+        eight bits after it.
+        """
+        if image.ndim != 4 or image.shape[-1] < 3:
+            raise ValueError(f"the image has shape {list(image.shape)}; expected pictures [batch, height, width, 3].")
+        spec = self.encoder.spec
+        tokens = 1 + (spec.image_size // spec.patch_size) ** 2
+        encoder = HOST.with_room(self.encoder, len(image) * tokens * spec.mlp_dim * 4 * CLIP_VISION_COPIES)
+        pictures = image[..., :3].movedim(-1, 1) * 2 - 1
+        hidden = encoder.encode(pictures, "center" if crop else "none", lambda block: HOST.check_interrupt())
+        with torch.no_grad():
+            last, embedding = encoder.module().project(hidden)
+        return CLIPVisionOutput(*(tensor.to(HOST.result_device()) for tensor in (hidden, last, embedding)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from wan_core.dit import WanTransformer
-from wan_core.presets import TEXT_ENCODERS, TRANSFORMERS, VAES
+from wan_core.presets import CLIP_VISION, TEXT_ENCODERS, TRANSFORMERS, VAES
 from wan_core.text import UMT5Encoder
 from wan_core.training.nano_tokenizer import train_tokenizer
 from wan_core.training.shapes import all_prompts
 from wan_core.vae import WanVAE
+from wan_core.vision import CLIPVision
 from wan_core.weights import save_weights
 
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -32,6 +33,11 @@ def write_transformer(path: Path, seed: int = 0) -> Path:
 def write_vae(path: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     return save_module(path, WanVAE(VAES["nano_vae"]))
+
+
+def write_clip_vision(path: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    return save_module(path, CLIPVision(CLIP_VISION["nano_clip"]))
 
 
 def write_text_encoder(path: Path, *, tokenizer: bool = True) -> Path:

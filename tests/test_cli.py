@@ -102,6 +102,8 @@ def test_tokenizer_file(shell, tmp_path):
     (["--frames", "16"], "frames is 16; it must be 4n + 1. Use 17."),
     (["--frames", "-1"], "frames is -1"),
     (["--steps", "0"], "steps must be a whole number from 1 to 1000000, got 0"),
+    (["--seed", "18446744073709551616"], "the seed is 18446744073709551616; it must be a whole number from -92233"),
+    (["--seed=-9223372036854775809"], "the seed is -9223372036854775809; it must be a whole number from -92233"),
     (["--shift", "0"], "shift must be a number greater than 0"),
     (["--guidance", "-2"], "guidance scale"),
     (["--fps", "0"], "fps is 0.0"),

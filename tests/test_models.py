@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from tests.golden_cases import golden_dir
-from tests.small_models import save_module, write_hollow, write_text_encoder
+from tests.small_models import save_module, write_clip_vision, write_hollow, write_text_encoder
 from wan_core.conditioning import TextCondition
-from wan_core.dit import WanTransformer
+from wan_core.dit import ModelInputs, WanTransformer
 from wan_core.memory import OneAtATime
-from wan_core.models import Part, load_experts, load_model, load_text_encoder, load_vae
-from wan_core.presets import PRESETS, TRANSFORMERS, VAES, TransformerSpec
+from wan_core.models import Part, load_clip_vision, load_experts, load_model, load_text_encoder, load_vae
+from wan_core.presets import CLIP_VISION, PRESETS, TEXT_ENCODERS, TRANSFORMERS, VAES, TransformerSpec
 from wan_core.sampling import Conditions, Guidance, denoise, make_schedule
 from wan_core.training.nano_tokenizer import train_tokenizer
 from wan_core.vae import Tiling
+from wan_core.vision import preprocess
 from wan_core.weights import LoadError, expected_shapes, save_weights
 
 CPU = OneAtATime("cpu")
@@ -175,7 +176,7 @@ def test_islands_stored_in_bf16_are_not_widened(tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     text = model.prepare_text(torch.randn(1, 4, 96))
     with torch.no_grad():
-        assert model(torch.randn(1, 16, 1, 2, 2), torch.tensor([500.0]), text).dtype == torch.float32
+        assert model(ModelInputs(torch.randn(1, 16, 1, 2, 2), torch.tensor([500.0]), text)).dtype == torch.float32
     assert load_model(path, placement=OneAtATime("cpu")).get("low").head.head.weight.dtype == torch.bfloat16
 
 
@@ -187,13 +188,20 @@ def test_stored_dtype_is_that_of_most_weights(tmp_path):
     assert Part.open(tmp_path / "mixed.safetensors", "transformer").stored_dtype == torch.bfloat16
 
 
-def test_weights_of_an_unknown_type_are_refused(tmp_path):
-    """A quantised file that this version cannot compute with is an error that names the type, not a crash."""
-    shapes = expected_shapes(TRANSFORMERS["nano_t2v"])
+@pytest.mark.parametrize(("load", "spec"), [
+    (load_model, TRANSFORMERS["nano_t2v"]), (load_experts, TRANSFORMERS["nano_t2v"]), (load_vae, VAES["nano_vae"]),
+    (load_text_encoder, TEXT_ENCODERS["nano_umt5"])])
+def test_unfit_weights_are_refused_at_once(tmp_path, load, spec):
+    """A quantised or an incomplete file is an error when the handle is made, before another model has run."""
+    shapes = expected_shapes(spec)
     save_weights(tmp_path / "int8.safetensors", {name: torch.zeros(shape, dtype=torch.int8)
                                                  for name, shape in shapes.items()})
     with pytest.raises(LoadError, match="int8.safetensors does not fit.*weights of type int8 are not supported"):
-        load_model(tmp_path / "int8.safetensors", placement=OneAtATime("cpu")).get("low")
+        load(tmp_path / "int8.safetensors", placement=CPU)
+    last = list(shapes)[-1]
+    cut = write_hollow(tmp_path / "cut.safetensors", {name: shape for name, shape in shapes.items() if name != last})
+    with pytest.raises(LoadError, match=f"cut.safetensors does not fit.*missing tensors: {last}"):
+        load(cut, placement=CPU)
 
 
 def test_bf16_run_stays_near_the_fp32_run(files):
@@ -245,6 +253,36 @@ def test_vae_handle_runs_as_it_was_made(files):
     assert half.module().conv1.weight.dtype == torch.bfloat16
     out = torch.empty(1, 3, 1, 32, 16)
     assert half.decode(latents, out=out).data_ptr() == out.data_ptr()
+
+
+def test_clip_vision_handle_runs_as_it_was_made(tmp_path):
+    """Pictures are prepared with the crop that is asked for; precision and on_block reach the module."""
+    path = write_clip_vision(tmp_path / "clip.safetensors")
+    encoder, called = load_clip_vision(path, placement=OneAtATime("cpu")), []
+    picture = torch.rand(2, 3, 40, 90, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    squashed = encoder.encode(picture, on_block=called.append)
+    assert encoder.spec == CLIP_VISION["nano_clip"] and called == [0, 1, 2]
+    assert squashed.shape == (2, 17, 64) and squashed.dtype == torch.float32 and not squashed.requires_grad
+    assert torch.equal(squashed, encoder.module()(preprocess(picture, 64)))
+    assert torch.equal(encoder.encode(picture, "center"), encoder.module()(preprocess(picture, 64, "center")))
+    half = replace(encoder, dtype="bfloat16")
+    assert half.module().head.dtype == torch.bfloat16 and half.encode(picture).dtype == torch.float32
+    with pytest.raises(ValueError, match="unknown precision 'int3'"):
+        load_clip_vision(path, dtype="int3", placement=CPU)
+
+
+def test_other_files_are_no_clip_vision_model(files, tmp_path):
+    """Another part of a model and another CLIP are refused as what they are."""
+    with pytest.raises(LoadError, match="vae.safetensors seems to be a Wan VAE.*holds a CLIP vision model"):
+        load_clip_vision(files.vae, placement=CPU)
+    vit_l = write_hollow(tmp_path / "l.safetensors", {
+        "vision_model.embeddings.patch_embedding.weight": (1024, 3, 14, 14),
+        "vision_model.embeddings.position_embedding.weight": (257, 1024)})
+    with pytest.raises(LoadError, match="l.safetensors seems to be a CLIP vision model, but its width is 1024"):
+        load_clip_vision(vit_l, placement=CPU)
+    clip = write_clip_vision(tmp_path / "clip.safetensors")
+    with pytest.raises(LoadError, match=r"clip.safetensors seems to be a CLIP vision model \(nano_clip\).*holds a VAE"):
+        load_vae(clip, placement=CPU)
 
 
 def test_latents_and_prompts_that_do_not_fit_are_named(files):

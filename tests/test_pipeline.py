@@ -200,6 +200,25 @@ def test_noise_is_normal_and_of_its_seed():
     assert not torch.equal(noise, initial_noise((1, 16, 5, 32, 32), 6))
 
 
+@pytest.mark.parametrize("seed", [2 ** 64, -2 ** 63 - 1, 10 ** 40, 1.5, True, None])
+def test_seeds_beyond_64_bits_are_refused(unloadable, seed):
+    """A seed that no generator takes is an error with the range, before anything is made or loaded."""
+    message = f"the seed is {seed}; it must be a whole number from -9223372036854775808 to 18446744073709551615"
+    with pytest.raises(ValueError, match=message):
+        resolve_settings(unloadable["model"], "x", seed=seed, **UNSET)
+    with pytest.raises(ValueError, match=message):
+        initial_noise((1, 2), seed)
+    with pytest.raises(ValueError, match=message):
+        generate("x", **unloadable, seed=seed)
+
+
+def test_seeds_of_64_bits_make_noise():
+    """Both ends of the range work; a negative seed is the one 2^64 above it."""
+    for seed in (-2 ** 63, -1):
+        assert torch.equal(initial_noise((1, 16), seed), initial_noise((1, 16), seed + 2 ** 64))
+    assert not torch.equal(initial_noise((1, 16), -1), initial_noise((1, 16), -2 ** 63))
+
+
 def raw_latents(model, seed=1):
     return model.latent_stats.restore(initial_noise((1, 16, 2, 4, 4), seed))
 

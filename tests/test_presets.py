@@ -45,7 +45,7 @@ KEYS = {
 }
 RUNNABLE = {
     "wan21_t2v_1_3b": 1_418_996_800, "wan21_t2v_14b": 14_288_491_584, "wan22_t2v_a14b_expert": 14_288_491_584,
-    "wan21_vae": 126_892_531, "umt5_xxl_encoder": 5_680_910_336,
+    "wan21_vae": 126_892_531, "umt5_xxl_encoder": 5_680_910_336, "clip_vision_vit_h_14": 632_076_800,
 }
 
 
@@ -94,9 +94,9 @@ def test_own_modules_are_recognised_as_their_preset(name):
     assert recognise(expected_shapes(TRANSFORMERS[name])).spec == TRANSFORMERS[name]
 
 
-@pytest.mark.parametrize("table, name", [(VAES, "nano_vae"), (TEXT_ENCODERS, "nano_umt5")])
+@pytest.mark.parametrize("table, name", [(VAES, "nano_vae"), (TEXT_ENCODERS, "nano_umt5"), (CLIP_VISION, "nano_clip")])
 def test_nano_parts_are_recognised(table, name):
-    """The nano VAE and text encoder lead back to their table entry."""
+    """The nano VAE, text encoder and CLIP vision model lead back to their table entry."""
     recognition = recognise(expected_shapes(table[name]))
     assert (recognition.names, recognition.spec) == ((name,), table[name])
 
@@ -132,6 +132,33 @@ def test_text_encoder_in_transformers_layout():
         assert (recognition.names, recognition.dialect) == (("umt5_xxl",), "transformers")
 
 
+def transformers_clip(dim: int = 1280, mlp_dim: int = 5120, blocks: int = 32) -> dict[str, tuple[int, ...]]:
+    """A part of the shapes of ComfyUI's clip_vision_h, or of another size."""
+    shapes = {"vision_model.embeddings.patch_embedding.weight": (dim, 3, 14, 14),
+              "vision_model.embeddings.position_embedding.weight": (257, dim), "visual_projection.weight": (1024, dim)}
+    return shapes | {f"vision_model.encoder.layers.{i}.mlp.fc1.weight": (mlp_dim, dim) for i in range(blocks)}
+
+
+def test_clip_vision_in_every_layout():
+    """ViT-H/14 is known by the official names with the text half beside it, and by transformers' names."""
+    whole = {f"visual.{name}": shape for name, shape in keys("clip_vision_vit_h_14").items()}
+    for shapes, dialect in ((whole | {"textual.norm.weight": (1024,), "log_scale": ()}, "official"),
+                            (transformers_clip(), "transformers")):
+        recognition = recognise(shapes)
+        assert (recognition.names, recognition.dialect) == (("clip_vit_h_14",), dialect)
+
+
+def test_other_sizes_of_clip_vision():
+    """Depth and width follow from the shapes where the width is a multiple of ViT-H's heads; ViT-L, whose activation is
+    another one, is refused by its width, and positions that are no square are named."""
+    spec = recognise(transformers_clip(160, 320, 5)).spec
+    assert spec == replace(CLIP_VISION["clip_vit_h_14"], dim=160, mlp_dim=320, num_heads=2, num_layers=5)
+    vit_l = recognise(transformers_clip(1024, 4096, 24))
+    assert vit_l.spec is None and "a CLIP vision model, but its width is 1024 and not the 1280" in vit_l.reason
+    positions = {"vision_model.embeddings.position_embedding.weight": (256, 1280)}
+    assert "256 positions are no square" in recognise(transformers_clip() | positions).reason
+
+
 FOREIGN = {
     "lora": ("lora", "LoRA", {"blocks.0.self_attn.q.lora_A.weight": (32, 5120)}),
     "lora kohya": ("lora", "LoRA", {"lora_unet_blocks_0_self_attn_q.lora_down.weight": (32, 5120)}),
@@ -141,6 +168,8 @@ FOREIGN = {
     "diffusers vae": ("vae", "diffusers", {"encoder.conv_in.weight": (96, 3, 3, 3, 3)}),
     "sd vae": ("vae", "Stable Diffusion VAE", {"encoder.conv_in.weight": (128, 3, 3, 3)}),
     "clip text": ("other", "CLIP text", {"text_model.encoder.layers.0.mlp.fc1.weight": (3072, 768)}),
+    "open-clip": ("clip_vision", "open-clip layout", {
+        "visual.transformer.resblocks.0.attn.in_proj_weight": (3840, 1280), "text_projection": (1024, 1024)}),
     "gguf": ("text_encoder", "GGUF", {"enc.blk.0.attn_q.weight": (4096, 4096)}),
     "sd": ("other", "Stable Diffusion", {"input_blocks.0.0.weight": (320, 4, 3, 3)}),
     "flux": ("other", "Flux", {"double_blocks.0.img_attn.qkv.weight": (9216, 3072)}),
@@ -210,8 +239,11 @@ def test_latent_statistics_and_negative_prompts_are_the_official_ones():
     prompts = official["negative_prompts"]
     i2v = prompts["wan21_i2v_prefix"] + prompts["shared"]
     expected = {"wan21_i2v_14b_480p": i2v, "wan21_i2v_14b_720p": i2v, "wan22_s2v_14b": prompts["s2v"],
-                "wan21_flf2v_14b": prompts["wan21_flf2v_prefix"] + i2v, "nano_t2v": "", "nano_t2v_a": ""}
+                "wan21_flf2v_14b": prompts["wan21_flf2v_prefix"] + i2v}
     for name, preset in PRESETS.items():
+        if name.startswith("nano"):
+            assert preset.sampling.negative_prompt == ""
+            continue
         assert preset.sampling.negative_prompt == expected.get(name, prompts["shared"]), name
 
 

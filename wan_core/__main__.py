@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     video.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT")
     video.add_argument("--frames", type=int, help="4n + 1")
     video.add_argument("--fps", type=float)
-    video.add_argument("--seed", type=int, default=0)
+    video.add_argument("--seed", type=int, default=0, help="whole number of up to 64 bits (default: %(default)s)")
     sampling = make.add_argument_group("sampling")
     sampling.add_argument("--negative", help="negative prompt")
     sampling.add_argument("--steps", type=int)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from . import nano
 from .dit import WanTransformer, check_backend
 from .memory import OneAtATime, Placement, working_dtype
-from .presets import PRESETS, VAES, Preset, TextEncoderSpec, TransformerSpec, VAESpec
+from .presets import PRESETS, VAES, CLIPVisionSpec, Preset, TextEncoderSpec, TransformerSpec, VAESpec
 from .text import Tokenizer, UMT5Encoder, encode_prompts
 from .vae import LatentStats, Tiling, WanVAE
+from .vision import CLIPVision, preprocess
 from .weights import LoadError, TensorFile, build_module, load_module, open_model
 
 NANO = "nano"
@@ -32,12 +33,15 @@ class Part:
     """One checkpoint: the opened file and the architecture it holds."""
 
     file: TensorFile
-    spec: TransformerSpec | VAESpec | TextEncoderSpec
+    spec: TransformerSpec | VAESpec | TextEncoderSpec | CLIPVisionSpec
     names: tuple[str, ...]
 
     @classmethod
     def open(cls, path: str | Path, kind: str) -> "Part":
-        """Open a 'transformer', 'vae' or 'text_encoder'. Raises LoadError for anything else; reads no weights."""
+        """Open a 'transformer', 'vae', 'text_encoder' or 'clip_vision'; reads no weights.
+
+        Raises LoadError where the file is something else.
+        """
         file, recognition = open_model(path, kind)
         return cls(file, recognition.spec, recognition.names)
 
@@ -148,6 +152,35 @@ class TextEncoder:
 
 
 @dataclass(frozen=True, eq=False)
+class VisionEncoder:
+    """A CLIP vision model and how to run it. Raises ValueError for an unknown precision."""
+
+    part: Part
+    placement: Placement
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        working_dtype(self.dtype, self.part.stored_dtype, self.placement.device)
+
+    @property
+    def spec(self) -> CLIPVisionSpec:
+        return self.part.spec
+
+    def module(self) -> CLIPVision:
+        """The encoder, ready to run on the placement's device."""
+        return self.placement.place(self.part, working_dtype(self.dtype, self.part.stored_dtype, self.placement.device))
+
+    @torch.no_grad()
+    def encode(self, image: Tensor, crop: str = "none", on_block: Callable[[int], None] | None = None) -> Tensor:
+        """Image tokens [B, tokens, dim] float32 of pictures [B, 3, H, W] in [-1, 1], on the placement's device.
+
+        See `preprocess` for `crop`, and `CLIPVision.forward`.
+        """
+        pixels = preprocess(image, self.spec.image_size, crop)
+        return self.module()(pixels.to(self.placement.device), on_block)
+
+
+@dataclass(frozen=True, eq=False)
 class VideoVAE:
     """A video VAE and how to run it. Raises ValueError for an unknown precision or tiles off the grid."""
 
@@ -221,6 +254,13 @@ def load_text_encoder(path: str | Path = NANO, *, tokenizer: str | Path | None =
         raise LoadError(f"{part.label} holds no tokenizer. Give the SentencePiece file of google/umt5-xxl "
                         "(spiece.model), or use ComfyUI's repackaged umt5_xxl file, which has it inside.")
     return TextEncoder(part, pieces, placement or OneAtATime())
+
+
+def load_clip_vision(path: str | Path = NANO, *, placement: Placement | None = None,
+                     dtype: str = "auto") -> VisionEncoder:
+    """A CLIP vision model, or the bundled one for "nano". Raises LoadError for another file."""
+    part = Part.open(nano.CLIP_VISION if path == NANO else path, "clip_vision")
+    return VisionEncoder(part, placement or OneAtATime(), dtype)
 
 
 def load_vae(path: str | Path = NANO, *, placement: Placement | None = None, dtype: str = "auto",

@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 # A schedule that begins at least this high starts from pure noise, as the official code does (UniPC's is 0.999).
 PURE_NOISE_SIGMA = 0.999
 
+# 64 bits, read with or without a sign: a negative seed is the same as that seed + 2^64.
+SEEDS = (-2 ** 63, 2 ** 64 - 1)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -66,8 +69,18 @@ def latent_shape(spec: VAESpec, width: int, height: int, frames: int, batch: int
     return batch, spec.z_dim, 1 + (frames - 1) // step, height // spec.spatial_stride, width // spec.spatial_stride
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless `seed` is one of the whole numbers that PyTorch's generators take."""
+    if type(seed) is not int or not SEEDS[0] <= seed <= SEEDS[1]:
+        raise ValueError(f"the seed is {seed!r}; it must be a whole number from {SEEDS[0]} to {SEEDS[1]}.")
+
+
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Standard normal float32 noise on the CPU, so that a seed gives the same video on every device."""
+    """Standard normal float32 noise on the CPU, so that a seed gives the same video on every device.
+
+    Raises ValueError for a seed that is no whole number of 64 bits.
+    """
+    check_seed(seed)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -172,18 +185,19 @@ def generate(prompt: str, *, model: Model | None = None, vae: VideoVAE | None = 
     return Video(to_uint8(pixels.movedim(0, -1)), settings.fps, record)
 
 
-def resolve_settings(model: Model, prompt: str, *, guidance: float | tuple[float, float] | None = None,
+def resolve_settings(model: Model, prompt: str, *, seed: int, guidance: float | tuple[float, float] | None = None,
                      **given: object) -> Settings:
-    """Settings with the preset's values for all that is None. Raises ValueError for an empty prompt."""
+    """Settings with the preset's values for all that is None. Raises ValueError for an empty prompt or a bad seed."""
     if not prompt.strip():
         raise ValueError("the prompt is empty; say what the video should show.")
+    check_seed(seed)
     defaults = model.preset.sampling
     if guidance is None:
         guidance = (defaults.guidance_high, defaults.guidance_low)
     elif not isinstance(guidance, tuple):
         guidance = (guidance, guidance)
     chosen = {name: getattr(defaults, name) if value is None else value for name, value in given.items()}
-    return Settings(prompt=prompt, guidance=guidance, **chosen)
+    return Settings(prompt=prompt, seed=seed, guidance=guidance, **chosen)
 
 
 def check_fit(model: Model, vae: VideoVAE, text_encoder: TextEncoder) -> None:

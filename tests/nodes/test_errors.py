@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from wan_core.weights import save_weights
+from wan_core.presets import TRANSFORMERS
+from wan_core.weights import expected_shapes, save_weights
 
 
 @pytest.mark.parametrize(("sizes", "message"), [
@@ -111,6 +112,17 @@ def test_foreign_file(call, workspace):
     save_weights(folder / "odd.safetensors", {"first_stage_model.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="odd.safetensors seems to be a complete Stable Diffusion checkpoint"):
         call("WanCoreModelLoader", model="odd.safetensors")
+
+
+def test_incomplete_file(call, workspace):
+    """Promise: a model that lacks a tensor is refused by its loader, not after the prompt has been encoded."""
+    folder = workspace / "models" / "diffusion_models"
+    folder.mkdir(parents=True)
+    shapes = expected_shapes(TRANSFORMERS["nano_t2v"])
+    del shapes["head.head.bias"]
+    save_weights(folder / "cut.safetensors", {name: torch.zeros(shape) for name, shape in shapes.items()})
+    with pytest.raises(ValueError, match="cut.safetensors does not fit .*missing tensors: head.head.bias"):
+        call("WanCoreModelLoader", model="cut.safetensors")
 
 
 def test_swapped_experts_are_noticed(call, caplog):

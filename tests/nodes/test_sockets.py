@@ -1,7 +1,18 @@
-"""Our text encoder and VAE as ComfyUI's CLIP and VAE objects."""
+"""Our text encoder, CLIP vision model and VAE as ComfyUI's CLIP, CLIP_VISION and VAE objects."""
 
 import pytest
 import torch
+
+from tests.small_models import write_clip_vision
+
+
+@pytest.fixture
+def clip_vision(call, workspace):
+    """What the loader node gives for a CLIP vision model of the nano size."""
+    folder = workspace / "models" / "clip_vision"
+    folder.mkdir(parents=True)
+    write_clip_vision(folder / "small.safetensors")
+    return call("WanCoreCLIPVisionLoader", clip_vision="small.safetensors")[0]
 
 
 def test_clip_encodes_as_the_engine(nano, module):
@@ -39,6 +50,35 @@ def test_clip_patching_is_refused(nano, name):
     with pytest.raises(AttributeError, match=f"without '{name}'.*Load CLIP"):
         getattr(nano["clip"], name)
     assert not hasattr(nano["clip"], name)
+
+
+def test_clip_vision_encodes_as_the_engine(clip_vision):
+    """Promise: encode_image takes IMAGE in 0..1, drops alpha, crops or squashes as it is asked, and gives the engine's
+    tokens."""
+    image = torch.rand(2, 40, 90, 4, generator=torch.Generator().manual_seed(0))
+    pictures = image[..., :3].movedim(-1, 1) * 2 - 1
+    for crop, name in ((True, "center"), (False, "none")):
+        tokens = clip_vision.encode_image(image, crop=crop).penultimate_hidden_states
+        assert tokens.shape == (2, 17, 64) and torch.equal(tokens, clip_vision.encoder.encode(pictures, name))
+    assert torch.equal(clip_vision.encode_image(image)["penultimate_hidden_states"],
+                       clip_vision.encoder.encode(pictures, "center"))
+
+
+def test_clip_vision_output_is_the_cores(clip_vision):
+    """Promise: the entries of ComfyUI's CLIP_VISION_OUTPUT, as attributes and by key, none of them with gradients."""
+    output = clip_vision.encode_image(torch.rand(1, 64, 64, 3))
+    shapes = {"penultimate_hidden_states": (1, 17, 64), "last_hidden_state": (1, 17, 64), "image_embeds": (1, 64)}
+    for name, shape in shapes.items():
+        assert output[name] is getattr(output, name) and output[name].shape == shape
+        assert output[name].dtype == torch.float32 and not output[name].requires_grad
+    assert output.mm_projected is None
+
+
+def test_clip_vision_refuses_other_images(clip_vision):
+    """Promise: a mask or a video in place of pictures is an error that says what was expected."""
+    for shape in ((1, 64, 64), (1, 64, 64, 1), (1, 2, 64, 64, 3)):
+        with pytest.raises(ValueError, match=r"expected pictures \[batch, height, width, 3\]"):
+            clip_vision.encode_image(torch.zeros(shape))
 
 
 def test_vae_decodes_to_images(nano):

@@ -103,12 +103,44 @@ def test_logit_normal_levels_are_shifted():
 
 @pytest.mark.parametrize(("low", "high"), [(0.825, 1.0), (0.0, 0.925), (0.4, 0.45)])
 def test_logit_normal_draws_stay_in_their_range(low, high):
-    """A range of sigmas is kept by drawing again, not by clamping: nothing gathers at its ends."""
+    """A range of sigmas is kept by truncation, not by clamping: nothing gathers at its ends."""
     sigmas, weights = LogitNormalTimesteps(0.3, 1.2, 3.0, low, high).sample(2000, generator())
     assert len(sigmas) == len(weights) == 2000
     assert sigmas.min() >= low and sigmas.max() <= high
     assert len(sigmas.unique()) > 1900
     assert sigmas.max() - sigmas.min() > 0.9 * (min(high, 0.99) - max(low, 0.05))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.825, 1.0), (0.0, 0.925), (0.7, 0.9), (0.4, 0.45)])
+def test_truncated_draws_are_those_that_would_be_kept(low, high):
+    """A limited range has the distribution of unlimited draws that fall into it, at every decile."""
+    drawn = shift_sigmas((torch.randn(400_000, generator=generator()) * 1.2 + 0.3).sigmoid(), 3.0)
+    kept = drawn[(drawn >= low) & (drawn <= high)]
+    sigmas, _ = LogitNormalTimesteps(0.3, 1.2, 3.0, low, high).sample(40_000, generator())
+    deciles = torch.linspace(0.1, 0.9, 9)
+    # Five standard errors of a decile of 40,000 and of about 10,000 levels, in shares of the levels below it.
+    shares = (sigmas[:, None] <= kept.quantile(deciles)).float().mean(0)
+    torch.testing.assert_close(shares, deciles, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(("options", "median"), [
+    ({"std": 0.5, "low": 0.999}, 0.999), ({"std": 0.5, "high": 0.001}, 0.001),
+    ({"std": 0.06, "low": 0.9}, 0.9), ({"low": 0.5, "high": 0.5 + 1e-9}, 0.5)])
+def test_improbable_ranges_are_drawn_from_at_once(options, median):
+    """Where hardly any unlimited draw would fall, draws lie in the range, at the end next to the mean."""
+    timesteps = LogitNormalTimesteps(**options)
+    sigmas, _ = timesteps.sample(1000, generator())
+    assert (sigmas >= torch.tensor(timesteps.low)).all() and (sigmas <= torch.tensor(timesteps.high)).all()
+    assert sigmas.median().item() == pytest.approx(median, abs=2e-4)
+
+
+@pytest.mark.parametrize("options", [
+    {"std": 0.05, "low": 0.9}, {"std": 0.05, "high": 0.1}, {"mean": 500.0, "high": 0.5},
+    {"shift": 1e300, "std": 0.5, "high": 0.5}, {"mean": float("nan")}])
+def test_ranges_without_probability_are_refused(options):
+    """A range that no draw reaches is an error when it is written down, not a loop without end."""
+    with pytest.raises(ValueError, match="is ever drawn at mean .* Widen the range, or move the mean"):
+        LogitNormalTimesteps(**options)
 
 
 @pytest.mark.parametrize("timesteps", [UniformTimesteps(5.0), LogitNormalTimesteps(shift=3.0)])

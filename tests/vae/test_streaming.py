@@ -5,19 +5,19 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.vae.small import randn, random_vae
+from tests.vae.small import SMALL, random_latents, random_vae, random_video
 from wan_core.vae.layers import Stream
 
 
-@pytest.fixture(scope="module")
-def vae():
-    return random_vae()
+@pytest.fixture(scope="module", params=SMALL)
+def vae(request):
+    return random_vae(SMALL[request.param])
 
 
 @pytest.mark.parametrize("cuts", [(1, 2, 3, 4, 5), (2, 5), (1, 5), (3, 4, 5)])
 def test_decoded_pieces_equal_the_whole(vae, cuts):
     """A clip decoded in pieces of any number of latent frames, the official one by one among them, is the same."""
-    latents = randn(1, 16, 5, 3, 4)
+    latents = random_latents(vae.spec, 5, 3, 4)
     whole = vae.decode_piece(latents, Stream(whole=True))
     stream, pieces = Stream(), []
     for start, stop in zip((0, *cuts), cuts):
@@ -31,7 +31,7 @@ def test_decoded_pieces_equal_the_whole(vae, cuts):
 @pytest.mark.parametrize("cuts", [(1, 5, 9, 13, 17), (5, 17), (1, 17), (9, 13, 17)])
 def test_encoded_pieces_equal_the_whole(vae, cuts):
     """A clip encoded in pieces, the first of 4n + 1 and later ones of 4n frames, has the same latents."""
-    video = randn(1, 3, 17, 24, 16).clamp(-1, 1)
+    video = random_video(vae.spec, 17, 3, 2)
     whole = vae.encode_piece(video, Stream(whole=True))
     stream = Stream()
     pieces = [vae.encode_piece(video[:, :, start:stop], stream) for start, stop in zip((0, *cuts), cuts)]
@@ -42,14 +42,14 @@ def test_encoded_pieces_equal_the_whole(vae, cuts):
 
 def test_first_frame_has_a_latent_of_its_own(vae):
     """The latent of a single frame is the first latent of every clip that begins with it; so for decoded frames."""
-    video, latents = randn(1, 3, 13, 16, 16).clamp(-1, 1), randn(1, 16, 4, 2, 2)
+    video, latents = random_video(vae.spec, 13, 2, 2), random_latents(vae.spec, 4, 2, 2)
     torch.testing.assert_close(vae.encode(video[:, :, :1]), vae.encode(video)[:, :, :1], atol=1e-5, rtol=0)
     torch.testing.assert_close(vae.decode(latents[:, :, :1]), vae.decode(latents)[:, :, :1], atol=1e-5, rtol=0)
 
 
 def test_nothing_looks_ahead(vae):
     """Changing the last latent frame changes the last four frames and no earlier one."""
-    latents = randn(1, 16, 3, 2, 2)
+    latents = random_latents(vae.spec, 3, 2, 2)
     changed = latents.clone()
     changed[:, :, 2] += 1
     before, after = vae.decode(latents), vae.decode(changed)
@@ -59,7 +59,7 @@ def test_nothing_looks_ahead(vae):
 
 def test_clips_of_a_batch_and_of_two_runs_do_not_mix(vae):
     """Each clip of a batch equals its run alone, though the same module ran another clip in between."""
-    latents = randn(2, 16, 3, 2, 3)
+    latents = random_latents(vae.spec, 3, 2, 3, batch=2)
     together = vae.decode(latents)
     for i in range(2):
         torch.testing.assert_close(vae.decode(latents[i:i + 1]), together[i:i + 1], atol=1e-5, rtol=0)
@@ -72,7 +72,7 @@ def test_clips_of_a_batch_and_of_two_runs_do_not_mix(vae):
 
 def test_frames_are_handed_on_as_they_become_final(vae):
     """on_frames comes after each latent frame, with frames that never change afterwards; later ones are untouched."""
-    latents, seen = randn(1, 16, 4, 2, 3), []
+    latents, seen = random_latents(vae.spec, 4, 2, 3), []
     whole = vae.decode(latents)
     out = torch.full_like(whole, torch.nan)
 
@@ -88,7 +88,7 @@ def test_frames_are_handed_on_as_they_become_final(vae):
 
 def test_decoding_is_lazy_as_a_generator(vae):
     """decode_pieces decodes one latent frame at a time, when it is asked to, and can be left in the middle."""
-    latents = randn(1, 16, 4, 2, 3)
+    latents = random_latents(vae.spec, 4, 2, 3)
     whole = vae.decode(latents)
     out = torch.full_like(whole, torch.nan)
     pieces = vae.decode_pieces(latents, out)
@@ -101,8 +101,9 @@ def test_decoding_is_lazy_as_a_generator(vae):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_frames_are_written_into_the_given_buffer(vae, dtype):
     """Any buffer of the right shape is filled, also a view of ComfyUI's [F, H, W, C] layout or of half precision."""
-    latents = randn(1, 16, 3, 2, 3)
-    images = torch.full((9, 16, 24, 3), torch.nan, dtype=dtype)
+    latents = random_latents(vae.spec, 3, 2, 3)
+    stride = vae.spec.spatial_stride
+    images = torch.full((9, 2 * stride, 3 * stride, 3), torch.nan, dtype=dtype)
     out = images.permute(3, 0, 1, 2).unsqueeze(0)
     assert vae.decode(latents, out=out).data_ptr() == images.data_ptr()
     torch.testing.assert_close(images.float(), vae.decode(latents)[0].permute(1, 2, 3, 0),
@@ -116,7 +117,7 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("method", ["encode", "decode"])
 def test_on_piece_can_stop(vae, method):
     """on_piece comes after every piece, and what it raises ends the run there."""
-    argument = randn(1, 3, 13, 16, 16) if method == "encode" else randn(1, 16, 4, 2, 2)
+    argument = random_video(vae.spec, 13, 2, 2) if method == "encode" else random_latents(vae.spec, 4, 2, 2)
     seen = []
     getattr(vae, method)(argument, on_piece=lambda: seen.append(None))
     assert len(seen) == 4
@@ -167,7 +168,7 @@ def test_memory_does_not_grow_with_the_length_of_the_clip(vae):
     """65 frames take no more memory than 17, but for the clip itself, whichever way it goes through the VAE."""
     peaks = {}
     for frames in (17, 65):
-        latents, video = randn(1, 16, 1 + frames // 4, 3, 3), randn(1, 3, frames, 24, 24)
+        latents, video = random_latents(vae.spec, 1 + frames // 4, 3, 3), random_video(vae.spec, frames, 3, 3)
         out = torch.empty_like(video)
         peaks[frames] = [
             peak_bytes(lambda: vae.decode(latents, out=out), latents, out, parameters=vae.parameters()),
@@ -181,7 +182,7 @@ def test_a_stream_remembers_frames_and_not_pieces(vae):
     """What is kept between pieces is the same after pieces of one and of four latent frames."""
     kept = []
     for length in (1, 4):
-        latents, stream = randn(1, 16, 1 + length, 3, 3), Stream()
+        latents, stream = random_latents(vae.spec, 1 + length, 3, 3), Stream()
         with LiveBytes(latents, *vae.parameters()) as live:
             vae.decode_piece(latents[:, :, :1], stream)
             vae.decode_piece(latents[:, :, 1:], stream)
@@ -192,5 +193,5 @@ def test_a_stream_remembers_frames_and_not_pieces(vae):
 def test_the_measure_of_memory_sees_a_whole_clip(vae):
     """The same measurement on a clip that is decoded as one piece does grow, by about the frames' ratio."""
     peaks = [peak_bytes(lambda: vae.decode_piece(latents, Stream(whole=True)), latents, parameters=vae.parameters())
-             for latents in (randn(1, 16, 5, 3, 3), randn(1, 16, 17, 3, 3))]
+             for latents in (random_latents(vae.spec, 5, 3, 3), random_latents(vae.spec, 17, 3, 3))]
     assert peaks[1] > 2.5 * peaks[0]

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import save_file
 
 from wan_core.presets import TEXT_ENCODERS, TRANSFORMERS, VAES
-from wan_core.weights import LoadError, describe, expected_shapes, format_report
+from wan_core.weights import LoadError, describe, expected_shapes, format_report, open_model
 
 
 @pytest.fixture
@@ -54,16 +54,20 @@ def test_text_encoder_with_tokenizer(tmp_path):
 
 def test_models_that_cannot_run_yet(tmp_path, nano):
     """A recognised model without its module is named, with a note and without a made-up completeness."""
-    shapes = nano | {"img_emb.proj.0.bias": (40,)}
+    shapes = nano | {"face_adapter.fuser_blocks.0.k_norm.weight": (128,)}
     report = describe(write(tmp_path / "x.safetensors", shapes))
-    assert report.recognition.spec.model_type == "i2v" and not report.checked
+    assert report.recognition.spec.model_type == "animate" and not report.checked
     assert "cannot run it yet" in format_report(report)
 
 
 def test_quantised_types_are_noted(tmp_path, nano):
-    """Types that this version cannot compute with are noted."""
-    report = describe(write(tmp_path / "x.safetensors", nano, dtype=torch.float8_e4m3fn))
-    assert "float8_e4m3fn are not supported" in report.remark
+    """Types that this version cannot compute with are noted, in the words in which loading refuses them."""
+    path = write(tmp_path / "x.safetensors", nano, dtype=torch.float8_e4m3fn)
+    report = describe(path)
+    assert report.remark.startswith("Weights of type float8_e4m3fn are not supported in this version; use the bf")
+    with pytest.raises(LoadError) as caught:
+        open_model(path, "transformer")
+    assert report.remark[1:] in str(caught.value)
 
 
 def test_foreign_files(tmp_path):

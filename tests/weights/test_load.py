@@ -4,8 +4,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from wan_core.presets import TEXT_ENCODERS, TRANSFORMERS, VAES, TransformerSpec
-from wan_core.weights import LoadError, build_module, expected_shapes, load_module, open_model, open_weights
+from wan_core.presets import CLIP_VISION, TEXT_ENCODERS, TRANSFORMERS, VAES, TransformerSpec
+from wan_core.weights import (
+    LoadError,
+    build_module,
+    expected_shapes,
+    load_module,
+    open_model,
+    open_weights,
+    recognise_file,
+)
 from wan_core.weights.dialects import UMT5_TRANSFORMERS
 
 SPEC = TransformerSpec(model_type="t2v", dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=16)
@@ -119,7 +127,8 @@ def test_transformer_files_load_under_every_prefix(tmp_path, prefix):
 
 
 @pytest.mark.parametrize("kind, spec", [
-    ("transformer", TRANSFORMERS["nano_t2v"]), ("vae", VAES["nano_vae"]), ("text_encoder", TEXT_ENCODERS["nano_umt5"])])
+    ("transformer", TRANSFORMERS["nano_t2v"]), ("vae", VAES["nano_vae"]), ("text_encoder", TEXT_ENCODERS["nano_umt5"]),
+    ("clip_vision", CLIP_VISION["nano_clip"])])
 def test_nothing_stays_on_the_meta_device(tmp_path, kind, spec):
     """A loaded module has no empty parameter or buffer left, whether it is in the checkpoint or not."""
     file, recognition = open_model(random_file(tmp_path / "x.safetensors", expected_shapes(spec)), kind)
@@ -155,16 +164,81 @@ def test_the_wrong_kind_of_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name, shape, what", [
-    ("vace_patch_embedding.weight", (128, 96, 1, 2, 2), "vace"),
     ("face_adapter.fuser_blocks.0.k_norm.weight", (128,), "animate"),
     ("casual_audio_encoder.encoder.final_linear.weight", (128, 128), "s2v"),
-    ("img_emb.proj.0.bias", (40,), "i2v"),
 ])
 def test_known_models_that_cannot_run_yet(tmp_path, name, shape, what):
     """A released model without its branch is refused as what it is."""
     path = random_file(tmp_path / "x.safetensors", expected_shapes(SPEC) | {name: shape})
     with pytest.raises(LoadError, match=f"recognised as .*{what}.* cannot run yet"):
         open_model(path, "transformer")
+
+
+SPECS = {"transformer": SPEC, "vae": VAES["nano_vae"], "text_encoder": TEXT_ENCODERS["nano_umt5"]}
+LAST = {"transformer": "head.head.bias", "vae": "decoder.head.2.bias", "text_encoder": "norm.weight"}
+
+
+def spoil(tensors: dict[str, torch.Tensor], name: str, how: str) -> str:
+    """Makes a checkpoint unfit in one tensor; returns what an error must say of it."""
+    shape = list(tensors[name].shape)
+    match how:
+        case "missing":
+            del tensors[name]
+            return f"missing tensors: {name}"
+        case "unexpected":
+            tensors["extra.weight"] = torch.ones(2)
+            return "unexpected tensors: extra.weight"
+        case "misshapen":
+            tensors[name] = torch.ones(7, 7)
+            return f"misshapen tensors: {name} is [7, 7] and should be {shape}"
+        case _:
+            tensors[name] = tensors[name].to(getattr(torch, how))
+            return f"weights of type {how} are not supported in this version; use the bfloat16"
+
+
+@pytest.mark.parametrize("how", ["missing", "unexpected", "misshapen", "float8_e4m3fn", "float8_e5m2", "int8"])
+@pytest.mark.parametrize("kind", SPECS)
+def test_unfit_files_are_refused_when_they_are_opened(tmp_path, kind, how):
+    """The header is enough to refuse a file, and the text is the one that loading would give."""
+    tensors = {name: torch.zeros(shape) for name, shape in expected_shapes(SPECS[kind]).items()}
+    message = spoil(tensors, LAST[kind], how)
+    save_file(tensors | {"spiece_model": torch.zeros(9, dtype=torch.uint8)}, tmp_path / "x.safetensors")
+    with pytest.raises(LoadError) as opening:
+        open_model(tmp_path / "x.safetensors", kind)
+    file, recognition = recognise_file(open_weights(tmp_path / "x.safetensors"))
+    with pytest.raises(LoadError) as loading:
+        load_module(build_module(recognition.spec), file)
+    assert message in str(opening.value) and str(opening.value) == str(loading.value)
+    assert str(opening.value).startswith("x.safetensors does not fit") and "spiece_model" not in str(opening.value)
+
+
+def test_scaled_fp8_files_are_refused_by_their_type_first(tmp_path):
+    """The marker of the format is no complaint of its own, and the scales come after the type."""
+    tensors = {name: torch.zeros(shape, dtype=torch.float8_e4m3fn if len(shape) == 2 else torch.bfloat16)
+               for name, shape in expected_shapes(SPEC).items()}
+    scales = {f"{name.removesuffix('weight')}scale_weight": torch.ones(1) for name in tensors if ".ffn." in name}
+    save_file(tensors | scales | {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
+    with pytest.raises(LoadError, match="Transformer: weights of type float8_e4m3fn .*; unexp.*scale_weight") as caught:
+        open_model(tmp_path / "x.safetensors", "transformer")
+    assert "scaled_fp8" not in str(caught.value)
+
+
+@pytest.mark.parametrize("branch", [
+    {"img_emb.proj.0.bias": (40,)}, {"vace_patch_embedding.weight": (128, 96, 1, 2, 2)},
+    {"vace_patch_embedding.weight": (128, 96, 1, 2, 2), "vace_blocks.0.before_proj.weight": (128, 128)}])
+def test_branches_that_are_cut_off_are_refused_when_they_are_opened(tmp_path, branch):
+    """The first tensors of an image or control branch and nothing more of it."""
+    path = random_file(tmp_path / "x.safetensors", expected_shapes(SPEC) | branch)
+    with pytest.raises(LoadError, match="x.safetensors .*(missing tensors: .* seems to be|control blocks are missing)"):
+        open_model(path, "transformer")
+
+
+def test_sizes_that_contradict_each_other_are_refused_when_they_are_opened(tmp_path):
+    """An architecture that cannot be built at all is an error that names the file."""
+    shapes = {name: (70, *shape[1:]) if name.endswith("attn.q.weight") else shape
+              for name, shape in expected_shapes(TEXT_ENCODERS["nano_umt5"]).items()}
+    with pytest.raises(LoadError, match="x.safetensors seems to be a UMT5 encoder.*, but .*70 is not a multiple of"):
+        open_model(random_file(tmp_path / "x.safetensors", shapes), "text_encoder")
 
 
 def test_names_that_collide_without_their_prefix(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from wan_core.weights import LoadError, open_weights
+from wan_core.weights.tensor_file import Joined
 
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
@@ -90,6 +91,22 @@ def test_renamed_view(tmp_path):
     save_file({"p.a": torch.ones(2), "p.b": torch.zeros(2)}, tmp_path / "x.safetensors")
     file = open_weights(tmp_path / "x.safetensors").renamed({"a": "p.a"})
     assert file.names == ("a",) and torch.equal(file["a"], torch.ones(2)) and file.shapes() == {"a": (2,)}
+
+
+def test_joined_tensors(tmp_path):
+    """Tensors are joined when they are asked for, in their order; shape and type are known before, in every type."""
+    stored = {"q": torch.ones(2, 3), "k": torch.zeros(2, 3), "eighth": torch.ones(4).to(torch.float8_e4m3fn)}
+    save_file(stored, tmp_path / "x.safetensors")
+    file = open_weights(tmp_path / "x.safetensors")
+    joined = file.renamed({"qk": Joined(("q", "k"), torch.t), "all": Joined(("eighth", "eighth")),
+                           "same": Joined(("q",))})
+    assert joined.shapes() == {"qk": (3, 4), "all": (8,), "same": (2, 3)}
+    assert joined.dtypes() == {"qk": torch.float32, "all": torch.float8_e4m3fn, "same": torch.float32}
+    assert torch.equal(joined["qk"], torch.cat([stored["q"], stored["k"]]).T)
+    assert joined["same"].data_ptr() == file["q"].data_ptr()
+    assert joined.renamed({"again": "qk"})["again"].shape == (3, 4)
+    with pytest.raises(LoadError, match=r"x.safetensors holds tensors that do not fit each other: q \[2, 3\], eighth"):
+        file.renamed({"qk": Joined(("q", "eighth"))})
 
 
 HEADERS = {

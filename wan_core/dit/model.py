@@ -68,7 +68,7 @@ class Block(nn.Module):
         self.cross_attn = cross_attention(spec.dim, spec.num_heads, spec.eps)
         self.ffn = nn.Sequential(Linear(spec.dim, spec.ffn_dim), nn.GELU(approximate="tanh"),
                                  Linear(spec.ffn_dim, spec.dim))
-        self.modulation = nn.Parameter(torch.randn(1, 6, spec.dim) / spec.dim ** 0.5)
+        self.modulation = _random_rows(6, spec.dim)
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """x [B, L, D] float32 -> [B, L, D] float32."""
@@ -96,7 +96,7 @@ class Head(nn.Module):
         super().__init__()
         self.eps = spec.eps
         self.head = Float32Linear(spec.dim, spec.out_dim * math.prod(spec.patch_size))
-        self.modulation = nn.Parameter(torch.randn(1, 2, spec.dim) / spec.dim ** 0.5)
+        self.modulation = _random_rows(2, spec.dim)
 
     def forward(self, x: Tensor, time: TimeRows) -> Tensor:
         """x [B, L, D], time [B, D] for each run -> [B, L, patch volume * out_dim]."""
@@ -244,6 +244,10 @@ class WanTransformer(nn.Module):
         """[B, L, t * h * w * C] with the channel innermost -> [B, C, T, H, W]."""
         patches = tokens.unflatten(2, (*self.spec.patch_size, self.spec.out_dim)).unflatten(1, grid)  # B F H W t h w C
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def _random_rows(count: int, dim: int) -> nn.Parameter:
+    return nn.Parameter(nn.init.normal_(torch.empty(1, count, dim), std=dim ** -0.5))
 
 
 def _add_gated(x: Tensor, update: Tensor, time: TimeRows, index: int) -> Tensor:

@@ -10,9 +10,12 @@ from pathlib import Path
 _FOLDER = Path(__file__).parent
 
 VAE = _FOLDER / "wan_nano_vae.safetensors"
+VAE22 = _FOLDER / "wan_nano_vae22.safetensors"
 TEXT_ENCODER = _FOLDER / "wan_nano_umt5.safetensors"
+CLIP_VISION = _FOLDER / "wan_nano_clip_vision.safetensors"
 T2V = _FOLDER / "wan_nano_t2v.safetensors"
 T2V_HIGH = _FOLDER / "wan_nano_t2v_high_noise.safetensors"
 T2V_LOW = _FOLDER / "wan_nano_t2v_low_noise.safetensors"
+I2V = _FOLDER / "wan_nano_i2v.safetensors"
 
 TRANSFORMERS = (T2V, T2V_HIGH, T2V_LOW)

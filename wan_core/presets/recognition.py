@@ -5,6 +5,7 @@ transformer has `head.modulation`, its branches each have one tensor that no oth
 off a few shapes. What shapes cannot tell (a T2V-14B file from an expert of T2V-A14B, 480P from 720P) is answered with
 every candidate. Nothing here opens a file.
 """
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -17,6 +18,7 @@ Spec = TransformerSpec | VAESpec | TextEncoderSpec | CLIPVisionSpec
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 HEAD_DIM = 128
+CLIP_HEAD_DIM = 80
 
 _LORA = re.compile(
     r"(^|[._])(lora_(A|B|down|up|mid|unet|te\d?)|lora_linear_layer|lora\.(up|down)|lokr_w\d|hada_w\d|lycoris)([._]|$)"
@@ -42,6 +44,8 @@ _FOREIGN = (
     ("transformer_blocks.0.", "other", "another model's transformer in the diffusers layout"),
     ("enc.blk.0.", "text_encoder", "a T5 encoder in the GGUF layout"),
     ("blk.0.", "other", "a language model in the GGUF layout"),
+    ("visual.transformer.resblocks.", "clip_vision", "a CLIP model in the open-clip layout, which is not supported; "
+     "use the official models_clip file or ComfyUI's clip_vision_h"),
     ("text_model.encoder.", "other", "a CLIP text encoder"),
     ("text_projection", "other", "a CLIP text encoder"),
     ("vision_model.encoder.", "clip_vision", "a CLIP vision model of an unknown size"),
@@ -141,8 +145,10 @@ def _transformer(shapes: Shapes, dialect: str) -> Recognition:
         # The control blocks of both released models are spread evenly, the first one on block 0.
         vace_layers=tuple(range(0, num_layers, max(1, num_layers // vace)))[:vace] if vace else (),
         vace_in_dim=_size(shapes, "vace_patch_embedding.weight", 1) if vace else None)
+    # How many tokens one image has is the vision model's affair; with two, they have positions in the file.
+    assumed = ("text_len", "eps", "num_heads", *(() if two_images else ("image_tokens",)))
     names = tuple(preset.name for preset in PRESETS.values()
-                  if _same(TRANSFORMERS[preset.transformer], spec, "text_len", "eps", "num_heads"))
+                  if _same(TRANSFORMERS[preset.transformer], spec, *assumed))
     if names:
         return Recognition("transformer", names, TRANSFORMERS[PRESETS[names[0]].transformer], _candidates(names))
     return Recognition("transformer", (), spec, f"a Wan transformer of type {spec.model_type}, width {dim}, "
@@ -151,6 +157,8 @@ def _transformer(shapes: Shapes, dialect: str) -> Recognition:
 
 def _model_type(shapes: Shapes, in_dim: int, out_dim: int) -> str:
     if "vace_patch_embedding.weight" in shapes:
+        if "vace_blocks.0.before_proj.weight" not in shapes:
+            raise _Odd("its control blocks are missing")
         return "vace"
     if "casual_audio_encoder.encoder.final_linear.weight" in shapes:  # "casual" is the files' own spelling
         return "s2v"
@@ -226,18 +234,31 @@ def _text_encoder(shapes: Shapes, dialect: str) -> Recognition:
 
 
 def _clip_vision(shapes: Shapes, dialect: str) -> Recognition:
-    spec = CLIP_VISION["clip_vit_h_14"]
     if dialect == "official":
         root = "visual." if "visual.cls_embedding" in shapes else ""
-        patch, blocks = root + "patch_embedding.weight", re.escape(root) + r"transformer\.(\d{1,6})\."
+        patches, positions = root + "patch_embedding.weight", root + "pos_embedding"
+        block, head = root + "transformer.", (root + "head", -1)
+        mlp = block + "0.mlp.0.weight"
     else:
         root = "vision_model."
-        patch, blocks = root + "embeddings.patch_embedding.weight", r"vision_model\.encoder\.layers\.(\d{1,6})\."
-    found = (_size(shapes, patch, 0), _size(shapes, patch, -1), len(_indices(shapes, blocks)))
-    if found != (spec.dim, spec.patch_size, spec.num_layers):
-        raise _Odd(f"it has width, patch size and blocks {found} where ViT-H/14 has "
-                   f"{(spec.dim, spec.patch_size, spec.num_layers)}")
-    return Recognition("clip_vision", ("clip_vit_h_14",), spec, "a CLIP vision model (ViT-H/14)", dialect)
+        patches, positions = root + "embeddings.patch_embedding.weight", root + "embeddings.position_embedding.weight"
+        block, head = root + "encoder.layers.", ("visual_projection.weight", 0)
+        mlp = block + "0.mlp.fc1.weight"
+    dim, patch, tokens = _size(shapes, patches, 0), _size(shapes, patches, -1), _size(shapes, positions, -2)
+    # Shapes do not tell heads and activation; ViT-B, ViT-L, bigG and SigLIP differ in them, and in their width.
+    known_heads = {known.dim: known.num_heads for known in CLIP_VISION.values()}
+    if dim not in known_heads and dim % CLIP_HEAD_DIM:
+        raise _Odd(f"its width is {dim} and not the 1280 of ViT-H/14, which Wan uses")
+    # One token is the class token, the others are a square of patches.
+    side = math.isqrt(tokens - 1)
+    if not side or side * side != tokens - 1:
+        raise _Odd(f"its {tokens} positions are no square of patches and a class token")
+    spec = CLIPVisionSpec(
+        image_size=side * patch, patch_size=patch, dim=dim, mlp_dim=_size(shapes, mlp, 0),
+        num_heads=known_heads.get(dim, dim // CLIP_HEAD_DIM),
+        num_layers=len(_indices(shapes, re.escape(block) + r"(\d{1,6})\.")), out_dim=_size(shapes, *head))
+    return _by_table("clip_vision", CLIP_VISION, spec, dialect, f"a CLIP vision model of width {dim} and "
+                     f"{spec.num_layers} blocks: no released one has this size")
 
 
 _KINDS = {"transformer": "a Wan transformer", "vae": "a Wan VAE", "text_encoder": "a T5-type text encoder",

@@ -94,6 +94,11 @@ class CLIPVisionSpec:
     num_layers: int
     out_dim: int
 
+    def __post_init__(self):
+        if self.num_heads < 1 or self.dim % self.num_heads or self.image_size % self.patch_size:
+            raise ValueError(f"a CLIP vision model of width {self.dim} cannot have {self.num_heads} heads, or pictures "
+                             f"of {self.image_size} pixels no patches of {self.patch_size}: both must divide evenly")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:

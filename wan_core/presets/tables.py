@@ -48,6 +48,9 @@ _NEGATIVE_FLF2V = "镜头切换，" + _NEGATIVE_I2V
 _T2V_1_3B = TransformerSpec(model_type="t2v", dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 _T2V_14B = TransformerSpec(model_type="t2v", dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 _I2V_14B = replace(_T2V_14B, model_type="i2v", in_dim=36, image_dim=1280, image_tokens=257)
+# Released heads have 128 channels; a model this narrow needs several smaller ones to learn motion.
+_NANO_T2V = TransformerSpec(
+    model_type="t2v", dim=128, ffn_dim=384, num_heads=4, num_layers=6, text_dim=96, text_len=512)
 
 TRANSFORMERS = MappingProxyType({
     "wan21_t2v_1_3b": _T2V_1_3B,
@@ -63,19 +66,21 @@ TRANSFORMERS = MappingProxyType({
         _T2V_1_3B, model_type="ti2v", dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, out_dim=48),
     "wan22_s2v_14b": replace(_T2V_14B, model_type="s2v"),
     "wan22_animate_14b": replace(_I2V_14B, model_type="animate"),
-    # Released heads have 128 channels; a model this narrow needs several smaller ones to learn motion.
-    "nano_t2v": TransformerSpec(
-        model_type="t2v", dim=128, ffn_dim=384, num_heads=4, num_layers=6, text_dim=96, text_len=512),
+    "nano_t2v": _NANO_T2V,
+    "nano_i2v": replace(_NANO_T2V, model_type="i2v", num_layers=4, in_dim=36, image_dim=64, image_tokens=17),
 })
 
 _WAN21_VAE = VAESpec(kind="wan21", dim=96, decoder_dim=96, z_dim=16, mean=_WAN21_MEAN, std=_WAN21_STD)
 
+_WAN22_VAE = VAESpec(
+    kind="wan22", dim=160, decoder_dim=256, z_dim=48, mean=_WAN22_MEAN, std=_WAN22_STD, spatial_stride=16)
+
 VAES = MappingProxyType({
     "wan21_vae": _WAN21_VAE,
-    "wan22_vae": VAESpec(
-        kind="wan22", dim=160, decoder_dim=256, z_dim=48, mean=_WAN22_MEAN, std=_WAN22_STD, spatial_stride=16),
+    "wan22_vae": _WAN22_VAE,
     # The nano weights are folded so that their latents have the released VAE's mean and standard deviation.
     "nano_vae": replace(_WAN21_VAE, dim=16, decoder_dim=16, num_res_blocks=1),
+    "nano_vae22": replace(_WAN22_VAE, dim=8, decoder_dim=11, num_res_blocks=1),
 })
 
 TEXT_ENCODERS = MappingProxyType({
@@ -87,6 +92,8 @@ TEXT_ENCODERS = MappingProxyType({
 CLIP_VISION = MappingProxyType({
     "clip_vit_h_14": CLIPVisionSpec(
         image_size=224, patch_size=14, dim=1280, mlp_dim=5120, num_heads=16, num_layers=32, out_dim=1024),
+    "nano_clip": CLIPVisionSpec(
+        image_size=64, patch_size=16, dim=64, mlp_dim=128, num_heads=2, num_layers=4, out_dim=64),
 })
 
 _P480 = {"width": 832, "height": 480}
@@ -143,6 +150,7 @@ PRESETS = MappingProxyType({preset.name: preset for preset in (
     replace(_I2V_720P_PRESET, name="wan22_animate_14b", title="Wan 2.2 Animate 14B", transformer="wan22_animate_14b",
             sampling=replace(_WAN21, steps=20, guidance_low=1.0, guidance_high=1.0, fps=30, frames=77)),
     _NANO_PRESET,
+    replace(_NANO_PRESET, name="nano_i2v", title="Nano I2V", transformer="nano_i2v", clip_vision="nano_clip"),
     replace(_NANO_PRESET, name="nano_t2v_a", title="Nano T2V, expert pair", experts=True,
             sampling=replace(_NANO, boundary=0.875)),
 )})

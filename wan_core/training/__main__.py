@@ -1,7 +1,7 @@
-"""Train and measure the nano family: `python -m wan_core.training vae | t2v | experts | evaluate`.
+"""Train and measure the nano family: `python -m wan_core.training vae | vae22 | t2v | experts | i2v | evaluate`.
 
 Each step reads what the one before it wrote into the output folder (the pack's own `wan_core/nano` by default), so the
-whole family is `vae`, then `t2v`, then `experts`. A run that was stopped goes on where it was.
+whole family is `vae`, `vae22`, `t2v`, `experts`, then `i2v`. A run that was stopped goes on where it was.
 """
 
 import argparse
@@ -21,10 +21,13 @@ from ..models import load_experts, load_model, load_text_encoder, load_vae
 from ..presets import PRESETS, TEXT_ENCODERS
 from ..text import Tokenizer
 from ..weights import load_module, save_weights
+from .clips import Clips
 from .evaluate import report
-from .nano_t2v import Clips, T2VTraining, TextToVideo, expert_options, train_expert, train_t2v
+from .loop import NanoTraining
+from .nano_i2v import KnownClips, train_i2v
+from .nano_t2v import TextToVideo, expert_options, train_expert, train_t2v
 from .nano_tokenizer import train_tokenizer
-from .nano_vae import VAETraining, train_vae
+from .nano_vae import VAE_TRAININGS, train_vae
 from .shapes import all_prompts
 
 log = logging.getLogger(__name__)
@@ -32,26 +35,28 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m wan_core.training", description=__doc__)
-    parser.add_argument("part", choices=("vae", "t2v", "experts", "evaluate"))
+    parser.add_argument("part", choices=("vae", "vae22", "t2v", "experts", "i2v", "evaluate"))
     parser.add_argument("--run", type=Path, default=Path("out/nano"), help="folder for states and logs")
     parser.add_argument("--steps", type=int, help="training steps (default: those of the shipped models)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
-    {"vae": _vae, "t2v": _t2v, "experts": _experts, "evaluate": _evaluate}[options.part](options)
+    {"vae": _vae, "vae22": _vae, "t2v": _t2v, "experts": _experts, "i2v": _i2v,
+     "evaluate": _evaluate}[options.part](options)
 
 
 def _vae(options: argparse.Namespace) -> None:
-    training = VAETraining()
+    training = VAE_TRAININGS[options.part]
     vae = train_vae(replace(training, steps=options.steps or training.steps), options.run)
-    _save(nano.VAE, vae.state_dict(), "wan_nano_vae")
-    _keep_log(options.run / "vae.csv")
+    path = {"vae": nano.VAE, "vae22": nano.VAE22}[options.part]
+    _save(path, vae.state_dict(), path.stem)
+    _keep_log(options.run / f"{options.part}.csv")
 
 
 def _t2v(options: argparse.Namespace) -> None:
     pieces = train_tokenizer(all_prompts(), TEXT_ENCODERS["nano_umt5"].vocab_size)
-    training = T2VTraining(steps=options.steps or 5000)
+    training = NanoTraining(steps=options.steps or 5000)
     clips = Clips(load_vae().module(), Tokenizer.from_bytes(pieces), training, options.run / "latents.pt")
     model = train_t2v(training, clips, options.run)
     _save(nano.T2V, model.transformer.state_dict(), "wan_nano_t2v")
@@ -68,13 +73,25 @@ def _experts(options: argparse.Namespace) -> None:
     for name, file in load.items():
         module = load_module(getattr(base, name), file, dtype_for=lambda _, stored: torch.float32)
         module.requires_grad_(True)
-    training = T2VTraining(steps=options.steps or 1600, muon_lr=5e-4, adam_lr=5e-4)
+    training = NanoTraining(steps=options.steps or 1600, muon_lr=5e-4, adam_lr=5e-4)
     clips = Clips(load_vae().module(), text_encoder.tokenizer, training, options.run / "latents.pt")
     for path, high in ((nano.T2V_HIGH, True), (nano.T2V_LOW, False)):
         name = "high_noise" if high else "low_noise"
         model = train_expert(name, base, expert_options(training, boundary, high=high), clips, options.run)
         _save(path, model.transformer.state_dict(), f"wan_nano_t2v_{name}")
         _keep_log(options.run / f"{name}.csv")
+
+
+def _i2v(options: argparse.Namespace) -> None:
+    vae, text_encoder = load_vae().module(), load_text_encoder()
+    training = NanoTraining(steps=options.steps or 2500)
+    clips = Clips(vae, text_encoder.tokenizer, training, options.run / "latents.pt")
+    known = KnownClips(vae, clips, training, options.run / "known.pt")
+    t2v = {name: tensor.float() for name, tensor in load_model().low.file.items()}
+    model = train_i2v(training, clips, known, text_encoder.module(), t2v, options.run)
+    _save(nano.I2V, model.transformer.state_dict(), "wan_nano_i2v")
+    _save(nano.CLIP_VISION, model.vision.state_dict(), "wan_nano_clip_vision")
+    _keep_log(options.run / "i2v.csv")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

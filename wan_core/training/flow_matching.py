@@ -6,6 +6,7 @@ official fine-tuning recipes do, evenly from a shifted table of 1,000 timesteps 
 logit-normally (Esser et al. 2024, "Scaling rectified flow transformers", section 3.1) without one.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 TRAIN_TIMESTEPS = 1000
+
+# Below it the inverse of the normal distribution function is no longer exact: 37 standard deviations from the mean.
+LEAST_PROBABILITY = 1e-300
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 
@@ -48,7 +52,10 @@ class UniformTimesteps:
 
 @dataclass(frozen=True)
 class LogitNormalTimesteps:
-    """sigmoid(N(mean, std)), then shifted; limited to sigmas in [low, high] by drawing again. All weights are one."""
+    """sigmoid(N(mean, std)), then shifted; limited to sigmas in [low, high]. All weights are one.
+
+    Raises ValueError for a range that the normal distribution does not reach in double precision.
+    """
 
     mean: float = 0.0
     std: float = 1.0
@@ -60,15 +67,38 @@ class LogitNormalTimesteps:
         if not 0 <= self.low < self.high <= 1 or not self.shift > 0 or not self.std > 0:
             raise ValueError(f"sigmas from {self.low} to {self.high}, shift {self.shift}, std {self.std}: expected "
                              "0 <= low < high <= 1, a shift and a std above 0.")
+        first, last, _ = self._tail()
+        if not last - first >= LEAST_PROBABILITY:
+            raise ValueError(f"no sigma from {self.low} to {self.high} is ever drawn at mean {self.mean}, std "
+                             f"{self.std} and shift {self.shift}. Widen the range, or move the mean towards it.")
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`count` noise levels [count] in (0, 1) and their loss weights [count]."""
-        kept = torch.empty(0)
-        while kept.numel() < count:
-            normal = torch.randn(4 * count, generator=generator) * self.std + self.mean
-            sigmas = shift_sigmas(normal.sigmoid(), self.shift)
-            kept = torch.cat([kept, sigmas[(sigmas >= self.low) & (sigmas <= self.high)]])
-        return kept[:count], torch.ones(count)
+        """`count` noise levels [count] in [low, high] and their loss weights [count]."""
+        # The inverse of the truncated distribution function: one uniform number a level, however narrow the range.
+        first, last, sign = self._tail()
+        uniform = torch.rand(count, dtype=torch.float64, generator=generator)
+        normal = sign * torch.special.ndtri(first + (last - first) * uniform)
+        sigmas = shift_sigmas((normal * self.std + self.mean).sigmoid(), self.shift)
+        return sigmas.float().clamp(self.low, self.high), torch.ones(count)
+
+    def _tail(self) -> tuple[float, float, int]:
+        """The standard normal distribution function at both ends of the range, and 1, or -1 for the mirrored range.
+
+        Above the mean the function nears 1 and loses its digits, so a range there is mirrored to below it.
+        """
+        # The shift multiplies the odds sigma / (1 - sigma), so it moves logits by its logarithm.
+        ends = [(_logit(sigma) - math.log(self.shift) - self.mean) / self.std for sigma in (self.low, self.high)]
+        sign = 1
+        if ends[0] > 0:
+            ends, sign = [-ends[1], -ends[0]], -1
+        first, last = (math.erfc(-end / math.sqrt(2)) / 2 for end in ends)
+        return first, last, sign
+
+
+def _logit(value: float) -> float:
+    if value in (0, 1):
+        return math.inf if value else -math.inf
+    return math.log(value) - math.log1p(-value)
 
 
 def bell_weights(timesteps: Tensor) -> Tensor:

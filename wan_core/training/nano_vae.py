@@ -1,12 +1,14 @@
-"""Train the nano VAE: a Wan 2.1 VAE of base width 16 on clips of moving shapes.
+"""Train the nano VAEs, small ones of the Wan 2.1 and the Wan 2.2 type, on clips of moving shapes.
+
+A whole picture is 8x8 latent pixels: 64x64 pixels for the 2.1 type, 128x128 for the 2.2 type.
 
 The loss is L1 + 2 * L2 on pixels plus L1 on their spatial gradients (edges are all there is to see), a small pull of
 the latents towards zero, and noise on the latents, so that the decoder forgives a transformer's small errors. Half of
-the steps show four 32x32 crops, half one whole picture, all of them full-length clips: a VAE trained on shorter clips
-drifts in colour past the length it knows. The last quarter is whole pictures only.
+the steps show four crops of half the side, half one whole picture, all of them full-length clips: a VAE trained on
+shorter clips drifts in colour past the length it knows. The last quarter is whole pictures only.
 
 Afterwards the latents' mean and deviation are folded into the 1x1x1 convolutions `conv1` and `conv2`, so that raw
-latents have the statistics of the released Wan 2.1 VAE: whatever knows that latent format can use the nano VAE.
+latents have the statistics of the released VAE of their type: whatever knows that latent format can use the nano VAE.
 """
 
 import logging
@@ -14,6 +16,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -23,19 +26,20 @@ from ..vae import WanVAE
 from ..vae.layers import Stream
 from .optimizer import Optimizers, learning_rate_factor
 from .runs import RunLog, load_state, save_state
-from .shapes import SIZE, sample_batch
+from .shapes import sample_batch
 
 log = logging.getLogger(__name__)
 
-CROP = 32
+LATENT_SIDE = 8
 LATENT_NOISE = 0.08
 EVALUATION_SEED = 10_000
 
 
 @dataclass(frozen=True)
 class VAETraining:
-    """Everything that decides the result of a training run."""
+    """Everything that decides the result of a training run. `vae` names one of the nano VAEs."""
 
+    vae: str = "nano_vae"
     steps: int = 6000
     seed: int = 0
     muon_lr: float = 1.5e-3
@@ -43,27 +47,33 @@ class VAETraining:
     whole_from: float = 0.75
 
 
+VAE_TRAININGS = MappingProxyType({"vae": VAETraining(), "vae22": VAETraining(vae="nano_vae22", steps=6000)})
+
+
 def train_vae(options: VAETraining, run: Path) -> WanVAE:
-    """Train and return the VAE with folded statistics. State and log are in the folder `run`; a run there goes on."""
+    """Train and return the VAE with folded statistics.
+
+    State and log, named as `options.vae` without "nano_", are in the folder `run`; a run there goes on.
+    """
     torch.manual_seed(options.seed)
-    spec = VAES["nano_vae"]
+    spec, name = VAES[options.vae], options.vae.removeprefix("nano_")
     vae = WanVAE(spec)
     optimizers = Optimizers(vae, muon_lr=options.muon_lr, adam_lr=options.adam_lr,
                             adam_names=("encoder.conv1", "decoder.head.2", "conv2.", "to_qkv.bias"))
     generator = torch.Generator().manual_seed(options.seed)
-    start = load_state(run / "vae_state.pt", vae, optimizers, generator)
-    with RunLog(run / "vae.csv", ("step", "loss", "psnr_db", "minutes"), start) as record:
+    start = load_state(run / f"{name}_state.pt", vae, optimizers, generator)
+    with RunLog(run / f"{name}.csv", ("step", "loss", "psnr_db", "minutes"), start) as record:
         began = time.perf_counter()
         for step in range(start, options.steps):
             progress = step / options.steps
-            clips = _batch(generator, whole=step % 2 == 1 or progress >= options.whole_from)
+            clips = _batch(generator, spec, whole=step % 2 == 1 or progress >= options.whole_from)
             loss = _loss(vae, clips, generator)
             loss.backward()
             optimizers.step(learning_rate_factor(progress))
             if (step + 1) % 100 == 0 or step + 1 == options.steps:
                 psnr = reconstruction_psnr(vae, 4)
                 record.add(step + 1, loss.item(), psnr, (time.perf_counter() - began) / 60)
-                save_state(run / "vae_state.pt", vae, optimizers, generator, step + 1)
+                save_state(run / f"{name}_state.pt", vae, optimizers, generator, step + 1)
     fold_statistics(vae, spec, *latent_statistics(vae))
     return vae
 
@@ -74,7 +84,7 @@ def reconstruction_psnr(vae: WanVAE, count: int, seed: int = EVALUATION_SEED) ->
     generator = torch.Generator().manual_seed(seed)
     total = 0.0
     for _ in range(count):
-        clip, _ = sample_batch(generator, 1)
+        clip, _ = sample_batch(generator, 1, side=LATENT_SIDE * vae.spec.spatial_stride)
         error = (vae.decode(vae.encode(clip)) - clip).square().mean().item()
         total += 10 * math.log10(4 / error)
     return total / count
@@ -84,7 +94,8 @@ def reconstruction_psnr(vae: WanVAE, count: int, seed: int = EVALUATION_SEED) ->
 def latent_statistics(vae: WanVAE, count: int = 256, seed: int = EVALUATION_SEED + 1) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per channel of the latents of `count` clips."""
     generator = torch.Generator().manual_seed(seed)
-    latents = torch.cat([vae.encode(sample_batch(generator, 8)[0]) for _ in range(count // 8)])
+    side = LATENT_SIDE * vae.spec.spatial_stride
+    latents = torch.cat([vae.encode(sample_batch(generator, 8, side=side)[0]) for _ in range(count // 8)])
     return latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
 
 
@@ -101,12 +112,14 @@ def fold_statistics(vae: WanVAE, spec: VAESpec, mean: Tensor, std: Tensor) -> No
     into.weight /= gain.view(1, -1, 1, 1, 1)
 
 
-def _batch(generator: torch.Generator, whole: bool) -> Tensor:
-    clips, _ = sample_batch(generator, 1 if whole else 4)
+def _batch(generator: torch.Generator, spec: VAESpec, whole: bool) -> Tensor:
+    side = LATENT_SIDE * spec.spatial_stride
+    clips, _ = sample_batch(generator, 1 if whole else 4, side=side)
     if whole:
         return clips
-    top, left = torch.randint(0, SIZE - CROP + 1, (2,), generator=generator).tolist()
-    return clips[..., top:top + CROP, left:left + CROP]
+    crop = side // 2
+    top, left = torch.randint(0, side - crop + 1, (2,), generator=generator).tolist()
+    return clips[..., top:top + crop, left:left + crop]
 
 
 def _loss(vae: WanVAE, clips: Tensor, generator: torch.Generator) -> Tensor:

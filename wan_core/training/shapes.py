@@ -147,10 +147,11 @@ def sample_scene(generator: torch.Generator, frames: int = FRAMES) -> Scene:
             return _place(combination, _pick(tuple(BACKGROUNDS), draws[2]), wording, draws[3:], frames)
 
 
-def sample_batch(generator: torch.Generator, count: int, frames: int = FRAMES) -> tuple[Tensor, list[str]]:
-    """Draw `count` training clips: pixels [count, 3, frames, 64, 64] fp32 in [-1, 1], and their captions."""
+def sample_batch(generator: torch.Generator, count: int, frames: int = FRAMES,
+                 side: int = SIZE) -> tuple[Tensor, list[str]]:
+    """Draw `count` training clips: pixels [count, 3, frames, side, side] fp32 in [-1, 1], and their captions."""
     scenes = [sample_scene(generator, frames) for _ in range(count)]
-    return render(scenes, frames), [caption(scene) for scene in scenes]
+    return render(scenes, frames, side), [caption(scene) for scene in scenes]
 
 
 def held_out_scenes(count: int = 64) -> tuple[Scene, ...]:
@@ -182,26 +183,32 @@ def held_out_prompts(count: int = 64) -> tuple[str, ...]:
     return tuple(caption(scene) for scene in held_out_scenes(count))
 
 
-def render(scenes: Sequence[Scene], frames: int = FRAMES) -> Tensor:
-    """Draw scenes as clips [len(scenes), 3, frames, 64, 64], fp32 in [-1, 1]."""
+def render(scenes: Sequence[Scene], frames: int = FRAMES, side: int = SIZE) -> Tensor:
+    """Draw scenes as clips [len(scenes), 3, frames, side, side], fp32 in [-1, 1].
+
+    A scene's pixels are those of a 64x64 frame; another `side` shows the same picture larger or smaller.
+    """
     _check_frames(frames)
+    if side < 1:
+        raise ValueError(f"side is {side}; a frame needs at least 1 pixel")
     if not scenes:
         raise ValueError("render got no scenes; give at least one")
     steps = torch.tensor([DIRECTIONS[scene.direction] for scene in scenes]) * _column(s.speed for s in scenes)
     starts = torch.tensor([(scene.x0, scene.y0) for scene in scenes])
     centres = starts[:, None] + steps[:, None] * torch.arange(frames)[None, :, None]  # [B, F, 2]
-    pixel = torch.arange(SIZE) + 0.5
+    scale = side / SIZE
+    pixel = (torch.arange(side) + 0.5) / scale
     x = pixel[None, None, None, :] - centres[..., 0, None, None]  # [B, F, 1, W]
     y = pixel[None, None, :, None] - centres[..., 1, None, None]  # [B, F, H, 1]
     sizes = _column(scene.size for scene in scenes)[..., None, None]
 
-    coverage = torch.empty(len(scenes), 1, frames, SIZE, SIZE)
+    coverage = torch.empty(len(scenes), 1, frames, side, side)
     for shape in SHAPES:
         members = [index for index, scene in enumerate(scenes) if scene.shape == shape]
         if members:
             distance = signed_distance(shape, x[members], y[members], sizes[members])
             # A pixel whose centre lies d outside the edge is covered by about 0.5 - d of its width.
-            coverage[members, 0] = (0.5 - distance).clamp_(0, 1)
+            coverage[members, 0] = (0.5 - scale * distance).clamp_(0, 1)
     ground = _colours(BACKGROUNDS[scene.background] for scene in scenes)
     paint = _colours(COLOURS[scene.colour] for scene in scenes)
     return torch.addcmul(ground, coverage, paint - ground)

@@ -7,6 +7,8 @@ checkpoints (Wan2.1 `wan/modules/vae.py`). Layout of activations: [B, C, T, H, W
 makes the 3D convolutions of oneDNN and cuDNN much faster.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -145,12 +147,12 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width and halve the channels; with `temporal`, also double every frame but the clip's first."""
+    """Double height and width; with `temporal`, also double every frame but the clip's first."""
 
-    def __init__(self, dim: int, *, temporal: bool) -> None:
+    def __init__(self, dim: int, out_dim: int, *, temporal: bool) -> None:
         super().__init__()
         self.resample = nn.Sequential(nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact"),
-                                      nn.Conv2d(dim, dim // 2, 3, padding=1))
+                                      nn.Conv2d(dim, out_dim, 3, padding=1))
         self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1), padding=(1, 0, 0)) if temporal else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
@@ -174,3 +176,28 @@ def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
     batch, frames = x.shape[0], x.shape[2]
     images = x.movedim(2, 1).flatten(0, 1)
     return layer(images).unflatten(0, (batch, frames)).movedim(1, 2)
+
+
+def middle(dim: int) -> nn.Sequential:
+    """The blocks between the two halves of an encoder or decoder, at its lowest resolution."""
+    return nn.Sequential(ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim))
+
+
+def head(dim: int, out_dim: int) -> nn.Sequential:
+    """The last layers of an encoder or decoder; to be run by `run_head`."""
+    return nn.Sequential(RMSNorm(dim), nn.SiLU(), CausalConv3d(dim, out_dim, 3, padding=1))
+
+
+def run_head(layers: nn.Sequential, x: Tensor, stream: Stream) -> Tensor:
+    return layers[2](F.silu(layers[0](x), inplace=not torch.is_grad_enabled()), stream)
+
+
+def through(layers: Iterable[nn.Module], x: Tensor, stream: Stream) -> Tensor:
+    """x through causal layers, one after another."""
+    for layer in layers:
+        x = layer(x, stream)
+    return x
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)

@@ -1,104 +1,52 @@
-"""The Wan 2.1 video VAE: streaming, tiled encode and decode between pixels and 16-channel latents.
+"""The video VAEs of Wan 2.1 and 2.2: streaming, tiled encode and decode between pixels and latents.
 
-4n+1 frames become n+1 latent frames, eight pixels a side become one: the clip's first frame has a latent of its own,
-every later latent frame stands for four. Clips pass through piece by piece with the causal memory of `Stream`; each
-finished piece is written into a host buffer made beforehand, so device memory does not grow with the clip's length.
-Architecture and parameter names: Wan2.1 `wan/modules/vae.py`.
+4n+1 frames become n+1 latent frames: the clip's first frame has a latent of its own, every later latent frame stands
+for four. Clips pass through piece by piece with the causal memory of `Stream`; each finished piece is written into a
+host buffer made beforehand, so device memory does not grow with the clip's length. What the two families have of their
+own, encoder and decoder, is in `wan21` and `wan22`.
+Parameter names: Wan2.1 `wan/modules/vae.py`, Wan2.2 `wan/modules/vae2_2.py`.
 """
 
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..presets import VAESpec
-from .layers import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, RMSNorm, Stream, Upsample
+from . import wan21, wan22
+from .layers import CausalConv3d, Stream, channels_last
 from .tiling import Span, Tiling, spans
 
 OnPiece = Callable[[], None]
 
 
-class Encoder(nn.Module):
-    """Pixels [B, 3, T, H, W] -> 2 * z_dim channels of latent mean and log-variance."""
-
-    def __init__(self, spec: VAESpec) -> None:
-        super().__init__()
-        dims = [spec.dim * m for m in (1, *spec.dim_mult)]
-        self.conv1 = CausalConv3d(3, dims[0], 3, padding=1)
-        layers: list[nn.Module] = []
-        for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:])):
-            for _ in range(spec.num_res_blocks):
-                layers.append(ResidualBlock(in_dim, out_dim))
-                in_dim = out_dim
-            if i < len(spec.dim_mult) - 1:
-                layers.append(Downsample(out_dim, temporal=spec.temporal_downsample[i]))
-        self.downsamples = nn.Sequential(*layers)
-        self.middle = _middle(dims[-1])
-        self.head = _head(dims[-1], spec.z_dim * 2)
-
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return _run(self.head, _through([self.conv1, *self.downsamples, *self.middle], x, stream), stream)
-
-
-class Decoder(nn.Module):
-    """Latents [B, z_dim, T, h, w] -> pixels [B, 3, T', 8h, 8w]."""
-
-    def __init__(self, spec: VAESpec) -> None:
-        super().__init__()
-        multipliers = (spec.dim_mult[-1], *reversed(spec.dim_mult))
-        dims = [spec.decoder_dim * m for m in multipliers]
-        self.conv1 = CausalConv3d(spec.z_dim, dims[0], 3, padding=1)
-        self.middle = _middle(dims[0])
-        layers: list[nn.Module] = []
-        for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:])):
-            if i > 0:
-                in_dim //= 2  # the upsampling before halved the channels
-            for _ in range(spec.num_res_blocks + 1):
-                layers.append(ResidualBlock(in_dim, out_dim))
-                in_dim = out_dim
-            if i < len(spec.dim_mult) - 1:
-                layers.append(Upsample(out_dim, temporal=spec.temporal_downsample[::-1][i]))
-        self.upsamples = nn.Sequential(*layers)
-        self.head = _head(dims[-1], 3)
-
-    def forward(self, z: Tensor, stream: Stream) -> Tensor:
-        return self.paint(self.compose(z, stream), stream)
-
-    def compose(self, z: Tensor, stream: Stream) -> Tensor:
-        """Latents to features [B, C, T, h, w]: a small part of the work, with attention over the whole frame."""
-        return _through([self.conv1, *self.middle], z, stream)
-
-    def paint(self, features: Tensor, stream: Stream) -> Tensor:
-        """Features to pixels, by convolutions only: a pixel depends on its neighbourhood alone."""
-        return _run(self.head, _through([*self.upsamples], features, stream), stream)
-
-
 class WanVAE(nn.Module):
     """Encoder and decoder with streaming and tiling.
 
-    Pixels are [B, 3, F, H, W] in [-1, 1], F = 4n + 1, H and W multiples of 8. Latents are [B, z_dim, n + 1, H/8, W/8]
-    as the encoder makes them, not normalised (`LatentStats` does that). Inputs and outputs live on the host or wherever
-    the caller keeps them; pieces are moved to the module's device and dtype.
+    Pixels are [B, 3, F, H, W] in [-1, 1], F = 4n + 1, H and W multiples of the spatial stride s (8 for Wan 2.1, 16 for
+    2.2). Latents are [B, z_dim, n + 1, H/s, W/s] as the encoder makes them, not normalised (`LatentStats` does that).
+    Inputs and outputs live on the host or wherever the caller keeps them; pieces are moved to the module's device and
+    dtype. Raises ValueError for a spec that contradicts itself.
     """
 
     def __init__(self, spec: VAESpec) -> None:
         super().__init__()
         self.spec = spec
-        self.encoder = Encoder(spec)
+        family = wan22 if spec.kind == "wan22" else wan21
+        self.encoder = family.Encoder(spec)
         self.conv1 = CausalConv3d(spec.z_dim * 2, spec.z_dim * 2, 1)
         self.conv2 = CausalConv3d(spec.z_dim, spec.z_dim, 1)
-        self.decoder = Decoder(spec)
+        self.decoder = family.Decoder(spec)
 
     def encode_piece(self, x: Tensor, stream: Stream) -> Tensor:
         """One piece of pixels to the latent mean; the first piece holds 4n + 1 frames, later ones 4n."""
-        mean = self.conv1(self.encoder(_channels_last(x), stream), stream)[:, :self.spec.z_dim]
+        mean = self.conv1(self.encoder(x, stream), stream)[:, :self.spec.z_dim]
         stream.first = False
         return mean
 
     def decode_piece(self, z: Tensor, stream: Stream) -> Tensor:
         """One piece of raw latents to pixels, not clamped; the first piece gives 4n - 3 frames, later ones 4n."""
-        pixels = self.decoder(self.conv2(_channels_last(z), stream), stream)
+        pixels = self.decoder(self.conv2(channels_last(z), stream), stream)
         stream.first = False
         return pixels
 
@@ -161,7 +109,7 @@ class WanVAE(nn.Module):
     def _compose(self, latents: Tensor) -> Tensor:
         """The decoder's features of a whole clip, on the host, where they take at most half of the frames' room."""
         def run(z: Tensor, stream: Stream) -> Tensor:
-            features = self.decoder.compose(self.conv2(_channels_last(z), stream), stream)
+            features = self.decoder.compose(self.conv2(channels_last(z), stream), stream)
             stream.first = False
             return features
 
@@ -172,7 +120,7 @@ class WanVAE(nn.Module):
         return features
 
     def _paint_piece(self, features: Tensor, stream: Stream) -> Tensor:
-        pixels = self.decoder.paint(_channels_last(features), stream)
+        pixels = self.decoder.paint(channels_last(features), stream)
         stream.first = False
         return pixels
 
@@ -214,28 +162,6 @@ class WanVAE(nn.Module):
     def _no_grad(self, run: Callable[[Tensor, Stream], Tensor], piece: Tensor, stream: Stream) -> Tensor:
         weight = self.conv1.weight
         return run(piece.to(weight.device, weight.dtype), stream)
-
-
-def _middle(dim: int) -> nn.Sequential:
-    return nn.Sequential(ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim))
-
-
-def _head(dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(RMSNorm(dim), nn.SiLU(), CausalConv3d(dim, out_dim, 3, padding=1))
-
-
-def _through(layers: list[nn.Module], x: Tensor, stream: Stream) -> Tensor:
-    for layer in layers:
-        x = layer(x, stream)
-    return x
-
-
-def _run(head: nn.Sequential, x: Tensor, stream: Stream) -> Tensor:
-    return head[2](F.silu(head[0](x), inplace=not torch.is_grad_enabled()), stream)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _grid(rows: list[Span], columns: list[Span], scale: int) -> Iterator[tuple[Span, Span, Tensor | None]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..presets import Recognition, strip_prefix
 from .build import can_run, expected_shapes
 from .errors import first_few, human_size
-from .load import COMPUTABLE, EXTRAS, compare_shapes, recognise_file
+from .load import EXTRAS, compare_shapes, recognise_file, unsupported_types
 from .tensor_file import open_weights
 
 
@@ -51,10 +51,9 @@ def describe(path: str | Path) -> FileReport:
             differences, checked = compare_shapes(expected_shapes(recognition.spec), shapes), True
         except ValueError as error:
             remark = str(error)
-    odd = sorted({str(dtype).removeprefix("torch.") for name, dtype in file.dtypes().items()
-                  if name in shapes and dtype not in COMPUTABLE})
+    odd = unsupported_types(dtype for name, dtype in file.dtypes().items() if name in shapes)
     if odd:
-        remark = f"{remark} Tensors of type {', '.join(odd)} are not supported in this version.".strip()
+        remark = f"{remark} {odd[0].upper()}{odd[1:]}.".strip()
     counts = Counter(str(dtype).removeprefix("torch.") for dtype in file.dtypes().values())
     return FileReport(
         name=file.path.name, format=file.format, nbytes=file.nbytes, prefix=prefix, recognition=recognition,

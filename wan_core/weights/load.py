@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..presets import Recognition, recognise, strip_prefix
-from .build import can_run
-from .dialects import official_umt5_names
+from .build import build_module, can_run
+from .dialects import official_clip_names, official_umt5_names
 from .errors import LoadError, first_few
 from .tensor_file import TensorFile, open_weights
 
@@ -23,19 +23,27 @@ EXTRAS = ("spiece_model", "scaled_fp8")
 
 
 def open_model(path: str | Path, kind: str) -> tuple[TensorFile, Recognition]:
-    """Opens a checkpoint of `kind` ('transformer', 'vae' or 'text_encoder') under official tensor names.
+    """Opens a checkpoint of `kind` under official tensor names; kinds are those of `Recognition`.
 
-    Prefixes are stripped and known dialects translated. Raises LoadError where the file holds something else, or an
-    architecture that this version cannot run; the text says what it seems to be. Reads no weights.
+    Prefixes are stripped and known dialects translated. Raises LoadError where the file holds something else, an
+    architecture that this version cannot run, or tensors that do not fill its module (see `load_module`), so that
+    nobody waits for other models to run first; the text says what it seems to be. Reads no weights.
     """
     file, recognition = recognise_file(open_weights(path))
     if recognition.kind != kind:
-        wanted = {"vae": "VAE", "text_encoder": "text encoder"}.get(kind, kind)
+        wanted = {"vae": "VAE", "text_encoder": "text encoder", "clip_vision": "CLIP vision model"}.get(kind, kind)
         raise LoadError(f"{file.path.name} seems to be {recognition.reason}. Choose a file that holds a {wanted}.")
     if recognition.spec is None:
         raise LoadError(f"{file.path.name} seems to be {recognition.reason}.")
     if not can_run(recognition.spec):
         raise LoadError(f"{file.path.name} is recognised as {recognition.reason}, which this version cannot run yet.")
+    try:
+        module = build_module(recognition.spec)
+    except LoadError:
+        raise
+    except ValueError as error:
+        raise LoadError(f"{file.path.name} seems to be {recognition.reason}, but {error}.") from error
+    check_tensors(module, file)
     return file, recognition
 
 
@@ -49,6 +57,8 @@ def recognise_file(file: TensorFile) -> tuple[TensorFile, Recognition]:
     recognition = recognise(file.shapes())
     if recognition.kind == "text_encoder" and recognition.dialect == "transformers":
         file = file.renamed(official_umt5_names(file.names))
+    if recognition.kind == "clip_vision" and recognition.spec is not None:
+        file = file.renamed(official_clip_names(file.names, recognition.dialect))
     return file, recognition
 
 
@@ -64,19 +74,24 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], *,
     Raises LoadError, before anything is assigned, that names the first few missing, unexpected and misshapen tensors
     and those of a type that cannot be computed with, and says what the file seems to be.
     """
+    check_tensors(module, tensors, ignore)
+    for name, target in module.state_dict(keep_vars=True).items():
+        tensor = tensors[name]
+        dtype = dtype_for(name, tensor.dtype) if dtype_for else tensor.dtype
+        _assign(module, name, tensor.to(device=device, dtype=dtype), isinstance(target, nn.Parameter))
+    return module
+
+
+def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], ignore: Iterable[str] = EXTRAS) -> None:
+    """Raises the LoadError of `load_module` unless `tensors` fill `module`; reads and assigns nothing."""
     ignore = tuple(ignore)
-    targets = module.state_dict(keep_vars=True)
+    targets = {name: tuple(target.shape) for name, target in module.state_dict().items()}
     found = {name: shape for name, shape in _shapes(tensors).items() if not name.startswith(ignore)}
     problems = _problems(targets, found, _dtypes(tensors))
     if problems:
         label = tensors.path.name if isinstance(tensors, TensorFile) else "The set of tensors"
         raise LoadError(f"{label} does not fit {type(module).__name__}: {'; '.join(problems)}. "
                         f"It seems to be {recognise(found).reason}.")
-    for name, target in targets.items():
-        tensor = tensors[name]
-        dtype = dtype_for(name, tensor.dtype) if dtype_for else tensor.dtype
-        _assign(module, name, tensor.to(device=device, dtype=dtype), isinstance(target, nn.Parameter))
-    return module
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -89,18 +104,21 @@ def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
     return tensors.dtypes() if isinstance(tensors, TensorFile) else {name: t.dtype for name, t in tensors.items()}
 
 
-def _problems(targets: Mapping[str, Tensor], found: Mapping[str, tuple[int, ...]],
+def _problems(targets: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]],
               dtypes: Mapping[str, torch.dtype]) -> list[str]:
-    missing, unexpected, misshapen = compare_shapes({n: tuple(t.shape) for n, t in targets.items()}, found)
-    misshapen = [f"{name} is {list(found[name])} and should be {list(targets[name].shape)}" for name in misshapen]
-    odd = sorted({str(dtypes[name]).removeprefix("torch.") for name in targets.keys() & found.keys()
-                  if dtypes[name] not in COMPUTABLE})
+    missing, unexpected, misshapen = compare_shapes(targets, found)
+    misshapen = [f"{name} is {list(found[name])} and should be {list(targets[name])}" for name in misshapen]
+    odd = unsupported_types(dtypes[name] for name in targets.keys() & found.keys())
     problems = [f"{what} tensors: {first_few(names)}" for what, names in
                 (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)) if names]
-    if odd:
-        problems.insert(0, f"weights of type {', '.join(odd)} are not supported in this version; use the bfloat16, "
-                           "float16 or float32 file of the model")
-    return problems
+    return [odd, *problems] if odd else problems
+
+
+def unsupported_types(dtypes: Iterable[torch.dtype]) -> str:
+    """A phrase that names the weight types that cannot be computed with and what to use, '' where there are none."""
+    odd = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in COMPUTABLE})
+    return f"weights of type {', '.join(odd)} are not supported in this version; use the bfloat16, float16 or " \
+           "float32 file of the model" if odd else ""
 
 
 def compare_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]],

@@ -11,6 +11,7 @@ import math
 import mmap
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,6 +30,19 @@ _FOREIGN = (
     (b"<", "is a web page, probably a download that ended in a login or error page", _AGAIN),
     (b"{", "is a JSON file and holds no tensors", "Choose the weights that lie beside it."),
 )
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A tensor made of others: those of `names`, one below the other along the first axis, then given `layout`."""
+
+    names: tuple[str, ...]
+    layout: Callable[[Tensor], Tensor] | None = None
+
+    def read(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The tensor, from a function that gives each of `names`. A single one is not copied."""
+        whole = torch.cat([read(name) for name in self.names]) if len(self.names) > 1 else read(self.names[0])
+        return self.layout(whole) if self.layout else whole
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -70,15 +84,33 @@ class TensorFile(Mapping[str, Tensor]):
     def dtypes(self) -> dict[str, torch.dtype]:
         return dict(self._dtypes)
 
-    def renamed(self, mapping: Mapping[str, str]) -> "TensorFile":
+    def renamed(self, mapping: Mapping[str, "str | Joined"]) -> "TensorFile":
         """The same file under other names: `mapping` gives for each new name the one in the file; others are left out.
 
-        Both stay open on their own.
+        A `Joined` in place of a name stands for a tensor that is put together whenever it is asked for.
+        Both stay open on their own. Raises LoadError where tensors cannot be joined.
         """
-        read = self._read
-        return TensorFile(
-            self.path, self.format, self.metadata, {new: self._dtypes[old] for new, old in mapping.items()},
-            {new: self._shapes[old] for new, old in mapping.items()}, lambda name: read(mapping[name]))
+        read, dtypes, shapes = self._read, {}, {}
+        for new, old in mapping.items():
+            if isinstance(old, str):
+                dtypes[new], shapes[new] = self._dtypes[old], self._shapes[old]
+                continue
+            # Shape and type of the result, without any data.
+            parts = {name: torch.empty(self._shapes[name], dtype=self._dtypes[name], device="meta")
+                     for name in old.names}
+            try:
+                whole = old.read(parts.__getitem__)
+            except (RuntimeError, IndexError) as error:
+                found = ", ".join(f"{name} {list(self._shapes[name])}" for name in old.names)
+                raise LoadError(f"{self.path.name} holds tensors that do not fit each other: {found}. "
+                                f"{_AGAIN}") from error
+            dtypes[new], shapes[new] = whole.dtype, tuple(whole.shape)
+
+        def read_new(name: str) -> Tensor:
+            old = mapping[name]
+            return read(old) if isinstance(old, str) else old.read(read)
+
+        return TensorFile(self.path, self.format, self.metadata, dtypes, shapes, read_new)
 
     def close(self) -> None:
         """Lets go of the file. Its mapping ends with the last tensor taken from it."""
