@@ -3,6 +3,7 @@
 Saved workflows hold the ids and store widget values by position: ids never change, widgets are only ever appended.
 """
 
+from .image import WanCoreImageLatent, WanCoreImageToVideo, WanCoreVideoSize
 from .latent import WanCoreDecode, WanCoreEmptyLatent
 from .loaders import (
     WanCoreCLIPVisionLoader,
@@ -13,6 +14,7 @@ from .loaders import (
 )
 from .sampler import WanCoreSampler
 from .text import WanCoreTextEncode
+from .vace import WanCoreVace, WanCoreVaceModule
 from .video import WanCoreSaveVideo
 
 NODE_CLASS_MAPPINGS = {
@@ -22,7 +24,12 @@ NODE_CLASS_MAPPINGS = {
     "WanCoreCLIPVisionLoader": WanCoreCLIPVisionLoader,
     "WanCoreVAELoader": WanCoreVAELoader,
     "WanCoreTextEncode": WanCoreTextEncode,
+    "WanCoreImageToVideo": WanCoreImageToVideo,
+    "WanCoreVace": WanCoreVace,
+    "WanCoreVaceModule": WanCoreVaceModule,
     "WanCoreEmptyLatent": WanCoreEmptyLatent,
+    "WanCoreImageLatent": WanCoreImageLatent,
+    "WanCoreVideoSize": WanCoreVideoSize,
     "WanCoreSampler": WanCoreSampler,
     "WanCoreDecode": WanCoreDecode,
     "WanCoreSaveVideo": WanCoreSaveVideo,
@@ -35,7 +42,12 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreCLIPVisionLoader": "Wan CLIP Vision Loader",
     "WanCoreVAELoader": "Wan VAE Loader",
     "WanCoreTextEncode": "Wan Text Encode",
+    "WanCoreImageToVideo": "Wan Image to Video",
+    "WanCoreVace": "Wan VACE",
+    "WanCoreVaceModule": "Wan VACE Module",
     "WanCoreEmptyLatent": "Wan Empty Latent",
+    "WanCoreImageLatent": "Wan Image Latent",
+    "WanCoreVideoSize": "Wan Video Size",
     "WanCoreSampler": "Wan Sampler",
     "WanCoreDecode": "Wan Decode",
     "WanCoreSaveVideo": "Wan Save Video",

@@ -8,6 +8,7 @@ CONST.
 import logging
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..wan_core.models import Model
@@ -97,15 +98,14 @@ class WanCoreSampler:
                **widgets: object) -> tuple[dict]:
         options = Widgets(**widgets)
         samples = latent["samples"]
-        if latent.get("noise_mask") is not None:
-            raise ValueError("the latent carries a noise mask, which this sampler does not support yet. Remove Set "
-                             "Latent Noise Mask, or sample with ComfyUI's own nodes.")
         model.check_latents(samples)
+        mask = _noise_mask(latent.get("noise_mask"), samples)
         shift, guidance = options.shift_for(model), options.guidance_for(model)
         schedule = options.schedule_for(model, sigmas)
-        conditions = Conditions(text_conditions(positive, shift, samples.shape[0], "positive"),
-                                text_conditions(negative, shift, samples.shape[0], "negative"))
-        noise = initial_noise(tuple(samples.shape), options.seed) if options.add_noise else None
+        shape = tuple(samples.shape)
+        conditions = Conditions(text_conditions(positive, model, shift, shape, "positive"),
+                                text_conditions(negative, model, shift, shape, "negative"))
+        noise = initial_noise(shape, options.seed) if options.add_noise else None
         log.info("Wan: %s, %d steps of %s from sigma %.3f to %.3f, shift %g, guidance %s", model.preset.title,
                  schedule.steps, options.solver, schedule.sigmas[0], schedule.sigmas[-1], shift,
                  f"{guidance.high:g} and {guidance.low:g}" if model.preset.experts else f"{guidance.low:g}")
@@ -116,7 +116,7 @@ class WanCoreSampler:
                 advance(previewer(step.clean) if previewer else None)
 
             result = sample(model, samples if noise is not None else _noisy(model, samples, schedule), schedule,
-                            conditions, guidance, noise=noise, solver=options.solver, on_step=on_step,
+                            conditions, guidance, noise=noise, mask=mask, solver=options.solver, on_step=on_step,
                             on_block=lambda block: HOST.check_interrupt())
         result = _exchanged(model, result, schedule).to(HOST.result_device())
         return ({**latent, "samples": result, MADE_FOR: model.preset.vae},)
@@ -164,6 +164,24 @@ def _widgets() -> dict:
             "tooltip": "Whether noise is mixed in first. no: the latent comes from a sampler that stopped at "
                        "start_step."}),
     }
+
+
+def _noise_mask(mask: Tensor | None, samples: Tensor) -> Tensor | None:
+    """A latent's noise mask (pixels or latents, one frame or several) at the size of `samples`: [B, 1, T, H, W].
+
+    Resized as in the core. A mask of one frame holds for all; masks of pixels have as many frames as the video.
+    """
+    if mask is None:
+        return None
+    if mask.ndim not in (2, 3, 4, 5) or 0 in mask.shape:
+        raise ValueError(f"the noise mask has shape {list(mask.shape)}; expected a MASK [frames, height, width].")
+    if mask.ndim < 5:
+        mask = mask.reshape(1, 1, -1, *mask.shape[-2:])
+    mask = F.interpolate(mask.float().mean(1, keepdim=True), samples.shape[2:], mode="trilinear")
+    if samples.shape[0] % mask.shape[0]:
+        raise ValueError(f"there are {mask.shape[0]} noise masks and {samples.shape[0]} videos in the latent; give one "
+                         "mask, or one for each video.")
+    return mask.repeat(samples.shape[0] // mask.shape[0], 1, 1, 1, 1).clamp(0, 1)
 
 
 def _noisy(model: Model, samples: Tensor, schedule: Schedule) -> Tensor:

@@ -7,16 +7,29 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from .conditioning import FITS
 from .dit import BACKENDS
 from .memory import OneAtATime
-from .models import NANO, Model, load_experts, load_model, load_text_encoder, load_vae
-from .pipeline import generate
+from .models import (
+    NANO,
+    Model,
+    add_vace,
+    load_clip_vision,
+    load_experts,
+    load_model,
+    load_text_encoder,
+    load_vae,
+)
+from .pipeline import bundled_vae, generate
 from .presets import PRESETS
 from .sampling import SOLVERS, Step
 from .vae import Tiling
-from .video import check_video_path
+from .video import check_video_path, read_video
+from .visuals import Visuals
 from .weights import describe, format_report
 
 
@@ -42,17 +55,43 @@ def _parser() -> argparse.ArgumentParser:
                                description="Make a video. Without model files the bundled nano models are used; "
                                            "what is not given is the preset's default.")
     make.set_defaults(run=_generate)
+    _add_inputs(make)
+    _add_settings(make)
+    inspect = commands.add_parser("inspect", help="say what a model file is")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("file", type=Path)
+    return parser
+
+
+def _add_inputs(make: argparse.ArgumentParser) -> None:
+    """What a video is made of: the prompt, model files, pictures."""
     make.add_argument("prompt")
     make.add_argument("--out", type=Path, default=Path("video.mp4"), help="MP4 file to write (default: %(default)s)")
     files = make.add_argument_group("models")
-    files.add_argument("--model", help="transformer file, or 'nano' (default)")
+    files.add_argument("--model", help="transformer file, or 'nano' (default), 'nano-i2v', 'nano-ti2v'")
     files.add_argument("--high", help="high-noise expert, with --low: a file, or 'nano'")
     files.add_argument("--low", help="low-noise expert")
-    files.add_argument("--vae", default=NANO, help="VAE file (default: %(default)s)")
+    files.add_argument("--vae", help="VAE file (default: the bundled one)")
+    files.add_argument("--clip-vision", help="CLIP vision file, for Wan 2.1 I2V and FLF2V")
+    files.add_argument("--vace", help="VACE module to add to a text-to-video model, or 'nano'")
+    files.add_argument("--vace-low", help="VACE module of the low-noise expert (default: the same)")
     files.add_argument("--text-encoder", default=NANO, help="UMT5 file (default: %(default)s)")
     files.add_argument("--tokenizer", help="SentencePiece file, if the text encoder's file holds none")
     files.add_argument("--preset", choices=list(PRESETS), metavar="NAME",
                        help="which preset, where several share the file's architecture")
+    shown = make.add_argument_group("pictures and videos", "files of any format that ffmpeg reads")
+    shown.add_argument("--image", type=Path, help="start image (of a video: all of its frames are continued)")
+    shown.add_argument("--end-image", type=Path, help="end image")
+    shown.add_argument("--control", type=Path, help="VACE: control video, or the video to change")
+    shown.add_argument("--mask", type=Path, help="VACE: picture or video that is white where the video is made anew")
+    shown.add_argument("--reference", type=Path, action="append", help="VACE: picture of what is to appear; repeatable")
+    shown.add_argument("--video", type=Path, help="video to start from, with --denoise")
+    shown.add_argument("--denoise", type=float, default=1.0, help="how much of --video is made anew, 0 to 1")
+    shown.add_argument("--fit", choices=list(FITS), help="how pictures are brought to the video's size")
+
+
+def _add_settings(make: argparse.ArgumentParser) -> None:
+    """How a video is made: its size, the sampling, the machine."""
     video = make.add_argument_group("video")
     video.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT")
     video.add_argument("--frames", type=int, help="4n + 1")
@@ -70,10 +109,6 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     machine.add_argument("--attention", default="sdpa", choices=list(BACKENDS))
     machine.add_argument("--tile", type=int, metavar="PIXELS", help="decode in tiles of this size, to save memory")
-    inspect = commands.add_parser("inspect", help="say what a model file is")
-    inspect.set_defaults(run=_inspect)
-    inspect.add_argument("file", type=Path)
-    return parser
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -84,7 +119,10 @@ def _generate(options: argparse.Namespace) -> None:
     if options.tile is not None:
         # A quarter of the tile, on the grid of every VAE.
         tiling = Tiling(options.tile, options.tile, max(16, options.tile // 64 * 16))
-    vae = load_vae(options.vae, placement=placement, dtype=options.dtype, tiling=tiling)
+    vae = load_vae(options.vae or bundled_vae(model), placement=placement, dtype=options.dtype, tiling=tiling)
+    clip_vision = None
+    if options.clip_vision is not None:
+        clip_vision = load_clip_vision(options.clip_vision, placement=placement, dtype=options.dtype)
     text_encoder = load_text_encoder(options.text_encoder, tokenizer=options.tokenizer, placement=placement)
     width, height = options.size or (None, None)
     bar: tqdm | None = None
@@ -96,10 +134,11 @@ def _generate(options: argparse.Namespace) -> None:
         bar.update()
 
     try:
-        video = generate(options.prompt, model=model, vae=vae, text_encoder=text_encoder, width=width, height=height,
-                         negative_prompt=options.negative, frames=options.frames, steps=options.steps,
-                         seed=options.seed, solver=options.solver, shift=options.shift, guidance=options.guidance,
-                         fps=options.fps, on_step=on_step)
+        video = generate(options.prompt, model=model, vae=vae, text_encoder=text_encoder, clip_vision=clip_vision,
+                         visuals=_visuals(options), width=width, height=height, frames=options.frames,
+                         negative_prompt=options.negative, steps=options.steps, seed=options.seed,
+                         solver=options.solver, shift=options.shift, guidance=options.guidance, fps=options.fps,
+                         on_step=on_step)
     finally:
         if bar:
             bar.close()
@@ -109,7 +148,29 @@ def _generate(options: argparse.Namespace) -> None:
           f"{video.settings['seconds']} s")
 
 
+def _visuals(options: argparse.Namespace) -> Visuals:
+    def pictures(path: Path | None) -> Tensor | None:
+        return None if path is None else read_video(path).movedim(-1, 1).float() / 127.5 - 1
+
+    references = [pictures(path) for path in options.reference or ()]
+    if len({reference.shape[2:] for reference in references}) > 1:
+        raise ValueError("reference pictures must have one size, got "
+                         f"{', '.join(f'{r.shape[3]}x{r.shape[2]}' for r in references)}.")
+    mask = pictures(options.mask)
+    return Visuals(start=pictures(options.image), end=pictures(options.end_image), control=pictures(options.control),
+                   mask=None if mask is None else (mask.mean(1, keepdim=True) + 1) / 2,
+                   references=torch.cat(references) if references else None, video=pictures(options.video),
+                   denoise=options.denoise, how=options.fit)
+
+
 def _load_transformer(options: argparse.Namespace, placement: OneAtATime) -> Model:
+    model = _load_files(options, placement)
+    if options.vace is None:
+        return model
+    return add_vace(model, options.vace, options.vace_low)
+
+
+def _load_files(options: argparse.Namespace, placement: OneAtATime) -> Model:
     common = {"preset": options.preset, "placement": placement, "dtype": options.dtype, "attention": options.attention}
     if options.high is None and options.low is None:
         return load_model(options.model or NANO, **common)

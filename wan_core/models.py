@@ -7,7 +7,7 @@ runs, by the handle's placement. Changed copies (`dataclasses.replace`) share th
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,11 +16,19 @@ from torch import Tensor, nn
 from . import nano
 from .dit import WanTransformer, check_backend
 from .memory import OneAtATime, Placement, working_dtype
-from .presets import PRESETS, VAES, CLIPVisionSpec, Preset, TextEncoderSpec, TransformerSpec, VAESpec
+from .presets import PRESETS, VAES, CLIPVisionSpec, Preset, TextEncoderSpec, TransformerSpec, VAESpec, with_vace
 from .text import Tokenizer, UMT5Encoder, encode_prompts
 from .vae import LatentStats, Tiling, WanVAE
 from .vision import CLIPVision, preprocess
-from .weights import LoadError, TensorFile, build_module, load_module, open_model
+from .weights import (
+    LoadError,
+    TensorFile,
+    build_module,
+    check_tensors,
+    load_module,
+    open_model,
+    open_vace_module,
+)
 
 NANO = "nano"
 
@@ -213,12 +221,12 @@ class VideoVAE:
 
 def load_model(path: str | Path = NANO, *, preset: str | None = None, placement: Placement | None = None,
                dtype: str = "auto", attention: str = "sdpa") -> Model:
-    """A single transformer from a file, or the bundled one for "nano".
+    """A single transformer from a file, or a bundled one: "nano" (text to video), "nano-i2v" or "nano-ti2v".
 
     `preset` picks among the presets that share the file's architecture (T2V-14B or one expert of A14B, say).
     Raises LoadError if the file is none of them.
     """
-    part = Part.open(nano.T2V if path == NANO else path, "transformer")
+    part = Part.open(nano.NAMES.get(str(path), path), "transformer")
     chosen = _choose_preset(part, preset, experts=False)
     return Model(part, part, chosen, placement or OneAtATime(), dtype, attention)
 
@@ -233,6 +241,35 @@ def load_experts(high: str | Path = NANO, low: str | Path = NANO, *, preset: str
                         f"fits {second.fits}. Choose the high- and the low-noise file of one model.")
     chosen = _choose_preset(first, preset, experts=True)
     return Model(first, second, chosen, placement or OneAtATime(), dtype, attention)
+
+
+def add_vace(model: Model, path: str | Path, low: str | Path | None = None) -> Model:
+    """`model` with the VACE blocks of a module file; `low` is the low-noise expert's, the same file if not given.
+
+    Raises LoadError where the file is no VACE module, or one for another model.
+    """
+    if low is not None and not model.preset.experts:
+        raise ValueError(f"a second VACE module was given, and {model.preset.title} is a single model. Give one "
+                         "module.")
+    high = _with_vace(model.high, path)
+    same = low is None and model.low is model.high
+    preset = replace(model.preset, title=f"{model.preset.title} with VACE")
+    return replace(model, high=high, low=high if same else _with_vace(model.low, path if low is None else low),
+                   preset=preset)
+
+
+def _with_vace(part: Part, path: str | Path) -> Part:
+    module = open_vace_module(nano.VACE_MODULE if path == NANO else path)
+    try:
+        spec = with_vace(part.spec, module.shapes())
+    except ValueError as error:
+        raise LoadError(f"{module.path.name} {error}. Choose the module of {part.label}.") from error
+    file = part.file.extended(module)
+    try:
+        check_tensors(build_module(spec), file)
+    except LoadError as error:
+        raise LoadError(f"{module.path.name} cannot be added: with it, {error}") from error
+    return replace(part, file=file, spec=spec)
 
 
 def load_text_encoder(path: str | Path = NANO, *, tokenizer: str | Path | None = None,

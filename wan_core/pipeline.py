@@ -9,12 +9,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import nano
 from .conditioning import ImageChannels, ImageTokens, KnownLatents, TextCondition, VaceCondition, active
 from .memory import OneAtATime
-from .models import Model, TextEncoder, VideoVAE, load_model, load_text_encoder, load_vae
+from .models import (
+    Model,
+    TextEncoder,
+    VideoVAE,
+    VisionEncoder,
+    load_clip_vision,
+    load_model,
+    load_text_encoder,
+    load_vae,
+)
 from .presets import VAESpec
 from .sampling import Conditions, Guidance, Schedule, Step, denoise, make_schedule, needs_uncond
 from .video import check_fps, to_uint8, write_video
+from .visuals import Visuals, show
 
 log = logging.getLogger(__name__)
 
@@ -152,35 +163,44 @@ def check_coverage(model: Model, schedule: Schedule, conditions: Conditions, gui
 
 
 def generate(prompt: str, *, model: Model | None = None, vae: VideoVAE | None = None,
-             text_encoder: TextEncoder | None = None, negative_prompt: str | None = None, width: int | None = None,
+             text_encoder: TextEncoder | None = None, clip_vision: VisionEncoder | None = None,
+             visuals: Visuals | None = None, negative_prompt: str | None = None, width: int | None = None,
              height: int | None = None, frames: int | None = None, steps: int | None = None, seed: int = 0,
              solver: str | None = None, shift: float | None = None, guidance: float | tuple[float, float] | None = None,
              fps: float | None = None, on_step: Callable[[Step], None] | None = None,
              on_block: Callable[[int], None] | None = None) -> Video:
-    """Make a video of `prompt`.
+    """Make a video of `prompt` and, if given, of `visuals`.
 
-    Parts that are not given are the bundled nano models; settings that are not given are the preset's. `guidance` is
-    one scale or (high-noise, low-noise). Raises ValueError, before anything is loaded, for an empty prompt, sizes off
-    the grid, or parts that do not fit together.
+    Parts that are not given are the bundled nano models that go with `model`; settings that are not given are the
+    preset's, but for the size, which follows a given picture. `guidance` is one scale or (high-noise, low-noise).
+    Raises ValueError, before anything is loaded, for an empty prompt, sizes off the grid, or parts that do not fit
+    together.
     """
-    shared = OneAtATime()
+    shared, visuals = OneAtATime(), visuals or Visuals()
     model = model or load_model(placement=shared)
-    vae, text_encoder = vae or load_vae(placement=shared), text_encoder or load_text_encoder(placement=shared)
-    settings = resolve_settings(model, prompt, negative_prompt=negative_prompt, width=width, height=height,
-                                frames=frames, steps=steps, seed=seed, solver=solver, shift=shift, guidance=guidance,
-                                fps=fps)
-    check_fit(model, vae, text_encoder)
+    vae = vae or load_vae(bundled_vae(model), placement=shared)
+    text_encoder = text_encoder or load_text_encoder(placement=shared)
+    if clip_vision is None and model.preset.clip_vision == "nano_clip":
+        clip_vision = load_clip_vision(placement=shared)
+    own_width, own_height = visuals.size(model)
+    settings = resolve_settings(model, prompt, negative_prompt=negative_prompt, width=own_width if width is None else width,
+                                height=own_height if height is None else height, frames=frames, steps=steps, seed=seed, solver=solver,
+                                shift=shift, guidance=guidance, fps=fps)
+    check_fit(model, vae, text_encoder, clip_vision)
     check_fps(settings.fps)
     shape = latent_shape(model.vae_spec, settings.width, settings.height, settings.frames)
-    schedule = make_schedule(settings.solver, settings.steps, settings.shift)
+    visuals.check(model, settings.frames)
+    schedule = make_schedule(settings.solver, settings.steps, settings.shift, visuals.denoise)
     scales = Guidance(*settings.guidance)
-    noise = initial_noise(shape, settings.seed)
     started = time.perf_counter()
     contexts = text_encoder.encode([settings.prompt, settings.negative_prompt], on_block)
-    conditions = Conditions([TextCondition(contexts[:1])], [TextCondition(contexts[1:])])
-    latents = sample(model, torch.zeros(shape), schedule, conditions, scales, noise=noise, solver=settings.solver,
-                     on_step=on_step, on_block=on_block)
-    pixels = vae.decode(latents)[0]
+    shown = show(visuals, model, vae, clip_vision, shape)
+    conditions = Conditions([TextCondition(contexts[:1], beside=shown.beside)],
+                            [TextCondition(contexts[1:], beside=shown.beside)])
+    noise = initial_noise(tuple(shown.latents.shape), settings.seed)
+    latents = sample(model, shown.latents, schedule, conditions, scales, noise=noise, mask=shown.mask,
+                     solver=settings.solver, on_step=on_step, on_block=on_block)
+    pixels = vae.decode(latents[:, :, shown.trim:])[0]
     record = {**asdict(settings), "model": model.preset.name, "seconds": round(time.perf_counter() - started, 1)}
     return Video(to_uint8(pixels.movedim(0, -1)), settings.fps, record)
 
@@ -200,8 +220,8 @@ def resolve_settings(model: Model, prompt: str, *, seed: int, guidance: float | 
     return Settings(prompt=prompt, seed=seed, guidance=guidance, **chosen)
 
 
-def check_fit(model: Model, vae: VideoVAE, text_encoder: TextEncoder) -> None:
-    """Raise ValueError unless VAE and text encoder belong to the model."""
+def check_fit(model: Model, vae: VideoVAE, text_encoder: TextEncoder, clip_vision: VisionEncoder | None = None) -> None:
+    """Raise ValueError unless VAE, text encoder and CLIP vision model (if there is one) belong to the model."""
     # Nano and released VAEs have latents of the same statistics but not of the same meaning, so specs are compared.
     if vae.spec != model.vae_spec:
         raise ValueError(f"{vae.part.label} ({', '.join(vae.part.names) or vae.spec.kind}) is not the VAE that "
@@ -209,3 +229,13 @@ def check_fit(model: Model, vae: VideoVAE, text_encoder: TextEncoder) -> None:
     if text_encoder.part.spec.dim != model.spec.text_dim:
         raise ValueError(f"{text_encoder.part.label} gives embeddings of width {text_encoder.part.spec.dim}; "
                          f"{model.preset.title} takes {model.spec.text_dim}. Use {model.preset.text_encoder}.")
+    if clip_vision is not None and clip_vision.spec.dim != model.spec.image_dim:
+        takes = f"takes {model.spec.image_dim}" if model.spec.image_dim else "takes no CLIP vision features"
+        raise ValueError(f"{clip_vision.part.label} gives features of width {clip_vision.spec.dim}; "
+                         f"{model.preset.title} {takes}. "
+                         f"{f'Use {model.preset.clip_vision}' if model.preset.clip_vision else 'Leave it away'}.")
+
+
+def bundled_vae(model: Model) -> str | Path:
+    """The bundled VAE that goes with `model`; for a released model any, which `check_fit` then refuses by name."""
+    return nano.VAE22 if model.preset.vae == "nano_vae22" else nano.VAE

@@ -2,9 +2,11 @@
 
 from .condition import Condition, SigmaRange
 from .image import ImageChannels, ImageTokens, KnownFrames, encode_known_frames
-from .known import KnownLatents
+from .known import KnownLatents, known_start
+from .sizes import FITS, best_size, fit, fit_mask, masks_for, size_for_area
 from .text import TextCondition, active
 from .vace import ControlLatents, VaceCondition, encode_control
 
-__all__ = ["Condition", "ControlLatents", "ImageChannels", "ImageTokens", "KnownFrames", "KnownLatents", "SigmaRange",
-           "TextCondition", "VaceCondition", "active", "encode_control", "encode_known_frames"]
+__all__ = ["FITS", "Condition", "ControlLatents", "ImageChannels", "ImageTokens", "KnownFrames", "KnownLatents",
+           "SigmaRange", "TextCondition", "VaceCondition", "active", "best_size", "encode_control",
+           "encode_known_frames", "fit", "fit_mask", "known_start", "masks_for", "size_for_area"]

@@ -6,6 +6,7 @@ trained to see it clean, at timestep 0 (Wan2.2 `wan/textimage2video.py`, which b
 step).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,3 +55,21 @@ class KnownLatents:
     def steer(self, velocity: Tensor, sample: Tensor, sigma: float) -> Tensor:
         """`velocity` with the known part moving straight to what is known, so that the solver's history agrees."""
         return torch.lerp((sample - self.latents) / sigma, velocity, self.mask)
+
+
+def known_start(encode: Callable[[Tensor], Tensor], latents: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """`latents` [B, C, T, H, W] whose first frames are `start` [k, 3, H, W] in [-1, 1], and the mask that keeps them.
+
+    `encode` takes [1, 3, F, H, W] and gives raw latents, as `latents` are. Frames beyond the last whole latent frame of
+    four are left away: they cannot be kept as they are. Raises ValueError, before anything is encoded, if there are
+    more frames than `latents` have room for.
+    """
+    frames = 1 + (latents.shape[2] - 1) * 4
+    if len(start) > frames:
+        raise ValueError(f"{len(start)} start frames do not fit into a clip of {frames} frames. Make the clip longer, "
+                         "or give fewer.")
+    known = encode(start[:1 + (len(start) - 1) // 4 * 4].movedim(0, 1)[None])
+    latents, mask = latents.clone(), torch.ones(latents.shape[0], 1, *latents.shape[2:])
+    latents[:, :, :known.shape[2]] = known
+    mask[:, :, :known.shape[2]] = 0
+    return latents, mask

@@ -141,9 +141,9 @@ class WanTransformer(nn.Module):
         """
         check_backend(backend)
         grid = self._grid(inputs.latents)
+        time = time_rows(inputs.timestep, grid[0], grid[1] * grid[2])
         self._check(inputs)
         x = self._embed_patches(inputs.latents, self.patch_embedding)
-        time = time_rows(inputs.timestep, grid[0], grid[1] * grid[2])
         time = time.map(lambda row: self.time_embedding(sinusoidal_embedding(row, self.spec.freq_dim)))
         shared = Shared(time.map(lambda row: self.time_projection(row).unflatten(1, (6, -1))),
                         rope_table(grid, self.spec.dim // self.spec.num_heads, x.device), inputs.text, inputs.image,
@@ -159,9 +159,6 @@ class WanTransformer(nn.Module):
 
     def _side_branches(self, inputs: ModelInputs, x: Tensor, shared: Shared) -> list[SideBranch]:
         """What runs beside the blocks, made from `inputs` and the embedded patches x [B, L, D] (not to be kept)."""
-        if inputs.controls:
-            raise ValueError(f"a VACE control was given, and a transformer of type {self.spec.model_type} has no VACE "
-                             "blocks. Use a VACE model, or add a VACE module to this one.")
         return []
 
     def prepare_text(self, context: Tensor) -> TextTokens:
@@ -223,7 +220,7 @@ class WanTransformer(nn.Module):
         return grid
 
     def _check(self, inputs: ModelInputs) -> None:
-        """Raise ValueError where the parts belong to batches of different sizes."""
+        """Raise ValueError where the parts belong to batches of different sizes, or to another kind of model."""
         batch = inputs.latents.shape[0]
         parts = {"timesteps": inputs.timestep, "text": inputs.text.tokens, "image": inputs.image,
                  **{"VACE control": control.latents for control in inputs.controls}}
@@ -231,6 +228,16 @@ class WanTransformer(nn.Module):
             if part is not None and part.shape[0] != batch:
                 raise ValueError(f"{name}: a batch of {part.shape[0]}, and the latents are a batch of {batch}; "
                                  "they must be equal.")
+        if inputs.image is not None and not self.spec.image_dim:
+            raise ValueError("image tokens were given, and this model has no layers for them: pictures enter it "
+                             "through its latent channels alone.")
+        self._check_controls(inputs)
+
+    def _check_controls(self, inputs: ModelInputs) -> None:
+        """Raise ValueError for VACE controls that do not fit the model or the latents."""
+        if inputs.controls:
+            raise ValueError(f"a VACE control was given, and a transformer of type {self.spec.model_type} has no VACE "
+                             "blocks. Use a VACE model, or add a VACE module to this one.")
 
     def _embed_patches(self, latents: Tensor, embedding: nn.Conv3d) -> Tensor:
         """[B, C, T, H, W] -> float32 tokens [B, L, dim]. A convolution that steps by its own size is a linear layer."""

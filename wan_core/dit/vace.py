@@ -32,13 +32,16 @@ class VaceTransformer(WanTransformer):
         self.vace_patch_embedding = nn.Conv3d(spec.vace_in_dim, spec.dim, spec.patch_size, stride=spec.patch_size)
         self.vace_blocks = nn.ModuleList(VaceBlock(spec, first=index == 0) for index in range(len(spec.vace_layers)))
 
-    def _side_branches(self, inputs: ModelInputs, x: Tensor, shared: Shared) -> list["Hints"]:
-        branches = []
+    def _check_controls(self, inputs: ModelInputs) -> None:
+        expected = (self.spec.vace_in_dim, *inputs.latents.shape[2:])
         for control in inputs.controls:
-            expected = (self.spec.vace_in_dim, *inputs.latents.shape[2:])
             if control.latents.shape[1:] != expected:
                 raise ValueError(f"a VACE control has shape {list(control.latents.shape)}; expected [batch, "
                                  f"{', '.join(map(str, expected))}], as many frames and pixels as the latents.")
+
+    def _side_branches(self, inputs: ModelInputs, x: Tensor, shared: Shared) -> list["Hints"]:
+        branches = []
+        for control in inputs.controls:
             if control.strength:
                 embedded = self._embed_patches(control.latents, self.vace_patch_embedding)
                 start = self.vace_blocks[0].before_proj(embedded) + x

@@ -16,6 +16,11 @@ CLIP_VISION = _FOLDER / "wan_nano_clip_vision.safetensors"
 T2V = _FOLDER / "wan_nano_t2v.safetensors"
 T2V_HIGH = _FOLDER / "wan_nano_t2v_high_noise.safetensors"
 T2V_LOW = _FOLDER / "wan_nano_t2v_low_noise.safetensors"
+VACE_MODULE = _FOLDER / "wan_nano_vace_module.safetensors"
+TI2V = _FOLDER / "wan_nano_ti2v.safetensors"
 I2V = _FOLDER / "wan_nano_i2v.safetensors"
+
+# What the bundled single transformers are called where a file is asked for.
+NAMES = {"nano": T2V, "nano-i2v": I2V, "nano-ti2v": TI2V}
 
 TRANSFORMERS = (T2V, T2V_HIGH, T2V_LOW)

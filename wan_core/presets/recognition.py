@@ -8,7 +8,7 @@ every candidate. Nothing here opens a file.
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from .specs import CLIPVisionSpec, TextEncoderSpec, TransformerSpec, VAESpec
 from .tables import CLIP_VISION, PRESETS, TEXT_ENCODERS, TRANSFORMERS, VAES
@@ -134,7 +134,6 @@ def _transformer(shapes: Shapes, dialect: str) -> Recognition:
     patch = tuple(_size(shapes, "patch_embedding.weight", axis) for axis in (2, 3, 4))
     out_dim = _size(shapes, "head.head.weight", 0) // (patch[0] * patch[1] * patch[2])
     num_layers = len(_indices(shapes, r"blocks\.(\d{1,6})\."))
-    vace = len(_indices(shapes, r"vace_blocks\.(\d{1,6})\."))
     has_image, two_images = "img_emb.proj.0.bias" in shapes, "img_emb.emb_pos" in shapes
     spec = TransformerSpec(
         model_type=_model_type(shapes, in_dim, out_dim), dim=dim, ffn_dim=_size(shapes, "blocks.0.ffn.0.weight", 0),
@@ -142,9 +141,7 @@ def _transformer(shapes: Shapes, dialect: str) -> Recognition:
         text_dim=_size(shapes, "text_embedding.0.weight", 1), freq_dim=_size(shapes, "time_embedding.0.weight", 1),
         image_dim=_size(shapes, "img_emb.proj.0.bias", 0) if has_image else None,
         image_tokens=(_size(shapes, "img_emb.emb_pos", 1) if two_images else 257) if has_image else 0,
-        # The control blocks of both released models are spread evenly, the first one on block 0.
-        vace_layers=tuple(range(0, num_layers, max(1, num_layers // vace)))[:vace] if vace else (),
-        vace_in_dim=_size(shapes, "vace_patch_embedding.weight", 1) if vace else None)
+        **(_vace_fields(shapes, num_layers) if "vace_patch_embedding.weight" in shapes else {}))
     # How many tokens one image has is the vision model's affair; with two, they have positions in the file.
     assumed = ("text_len", "eps", "num_heads", *(() if two_images else ("image_tokens",)))
     names = tuple(preset.name for preset in PRESETS.values()
@@ -155,10 +152,40 @@ def _transformer(shapes: Shapes, dialect: str) -> Recognition:
                        f"{num_layers} blocks, {in_dim} to {out_dim} channels: no released model has this size")
 
 
+def with_vace(spec: TransformerSpec, shapes: Shapes) -> TransformerSpec:
+    """The architecture of a text-to-video transformer together with a VACE module of these tensors.
+
+    Raises ValueError, with a phrase that completes "the module ...", where the two do not belong together.
+    """
+    try:
+        dim, fields_of_vace = _size(shapes, "vace_patch_embedding.weight", 0), _vace_fields(shapes, spec.num_layers)
+    except _Odd as odd:
+        raise ValueError(f"is no whole VACE module: {odd}") from odd
+    if spec.model_type != "t2v" or dim != spec.dim:
+        raise ValueError(f"is made for a text-to-video transformer of width {dim}, and this is one of type "
+                         f"{spec.model_type} and width {spec.dim}")
+    return replace(spec, model_type="vace", **fields_of_vace)
+
+
+def _vace_fields(shapes: Shapes, num_layers: int) -> dict[str, object]:
+    """Of a TransformerSpec, what belongs to VACE."""
+    count = len(_indices(shapes, r"vace_blocks\.(\d{1,6})\."))
+    if not 0 < count <= num_layers or "vace_blocks.0.before_proj.weight" not in shapes:
+        raise _Odd("its control blocks are missing" if not count else f"it has {count} control blocks for {num_layers}")
+    # The control blocks of both released models are spread evenly, the first one on block 0.
+    return {"vace_layers": tuple(range(0, num_layers, max(1, num_layers // count)))[:count],
+            "vace_in_dim": _size(shapes, "vace_patch_embedding.weight", 1)}
+
+
+def _vace_module(shapes: Shapes, dialect: str) -> Recognition:
+    dim = _size(shapes, "vace_patch_embedding.weight", 0)
+    count = len(_indices(shapes, r"vace_blocks\.(\d{1,6})\."))
+    return Recognition("vace_module", (), None, f"a VACE module of {count} blocks for a text-to-video model of width "
+                       f"{dim}, which is added to such a model", dialect)
+
+
 def _model_type(shapes: Shapes, in_dim: int, out_dim: int) -> str:
     if "vace_patch_embedding.weight" in shapes:
-        if "vace_blocks.0.before_proj.weight" not in shapes:
-            raise _Odd("its control blocks are missing")
         return "vace"
     if "casual_audio_encoder.encoder.final_linear.weight" in shapes:  # "casual" is the files' own spelling
         return "s2v"
@@ -261,12 +288,13 @@ def _clip_vision(shapes: Shapes, dialect: str) -> Recognition:
                      f"{spec.num_layers} blocks: no released one has this size")
 
 
-_KINDS = {"transformer": "a Wan transformer", "vae": "a Wan VAE", "text_encoder": "a T5-type text encoder",
-          "clip_vision": "a CLIP vision model"}
+_KINDS = {"transformer": "a Wan transformer", "vace_module": "a VACE module", "vae": "a Wan VAE",
+          "text_encoder": "a T5-type text encoder", "clip_vision": "a CLIP vision model"}
 
 # One tensor that a complete file of the kind always has, for each dialect of its key names.
 _ANCHORS = (
     ("head.modulation", "transformer", "official", _transformer),
+    ("vace_patch_embedding.weight", "vace_module", "official", _vace_module),
     ("decoder.middle.0.residual.0.gamma", "vae", "official", _vae),
     ("blocks.0.ffn.gate.0.weight", "text_encoder", "official", _text_encoder),
     ("encoder.block.0.layer.0.SelfAttention.q.weight", "text_encoder", "transformers", _text_encoder),

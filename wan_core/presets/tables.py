@@ -68,6 +68,7 @@ TRANSFORMERS = MappingProxyType({
     "wan22_animate_14b": replace(_I2V_14B, model_type="animate"),
     "nano_t2v": _NANO_T2V,
     "nano_i2v": replace(_NANO_T2V, model_type="i2v", num_layers=4, in_dim=36, image_dim=64, image_tokens=17),
+    "nano_vace": replace(_NANO_T2V, model_type="vace", vace_layers=(0, 3), vace_in_dim=96),
 })
 
 _WAN21_VAE = VAESpec(kind="wan21", dim=96, decoder_dim=96, z_dim=16, mean=_WAN21_MEAN, std=_WAN21_STD)

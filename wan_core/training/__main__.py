@@ -1,7 +1,7 @@
-"""Train and measure the nano family: `python -m wan_core.training vae | vae22 | t2v | experts | i2v | evaluate`.
+"""Train and measure the nano family: `python -m wan_core.training vae | vae22 | t2v | experts | i2v | vace | evaluate`.
 
 Each step reads what the one before it wrote into the output folder (the pack's own `wan_core/nano` by default), so the
-whole family is `vae`, `vae22`, `t2v`, `experts`, then `i2v`. A run that was stopped goes on where it was.
+whole family is `vae`, `vae22`, `t2v`, `experts`, `i2v`, then `vace`. A run that was stopped goes on where it was.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from .loop import NanoTraining
 from .nano_i2v import KnownClips, train_i2v
 from .nano_t2v import TextToVideo, expert_options, train_expert, train_t2v
 from .nano_tokenizer import train_tokenizer
+from .nano_vace import ControlledClips, train_vace
 from .nano_vae import VAE_TRAININGS, train_vae
 from .shapes import all_prompts
 
@@ -35,14 +36,14 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m wan_core.training", description=__doc__)
-    parser.add_argument("part", choices=("vae", "vae22", "t2v", "experts", "i2v", "evaluate"))
+    parser.add_argument("part", choices=("vae", "vae22", "t2v", "experts", "i2v", "vace", "evaluate"))
     parser.add_argument("--run", type=Path, default=Path("out/nano"), help="folder for states and logs")
     parser.add_argument("--steps", type=int, help="training steps (default: those of the shipped models)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
-    {"vae": _vae, "vae22": _vae, "t2v": _t2v, "experts": _experts, "i2v": _i2v,
+    {"vae": _vae, "vae22": _vae, "t2v": _t2v, "experts": _experts, "i2v": _i2v, "vace": _vace,
      "evaluate": _evaluate}[options.part](options)
 
 
@@ -92,6 +93,17 @@ def _i2v(options: argparse.Namespace) -> None:
     _save(nano.I2V, model.transformer.state_dict(), "wan_nano_i2v")
     _save(nano.CLIP_VISION, model.vision.state_dict(), "wan_nano_clip_vision")
     _keep_log(options.run / "i2v.csv")
+
+
+def _vace(options: argparse.Namespace) -> None:
+    vae, text_encoder = load_vae().module(), load_text_encoder()
+    training = NanoTraining(steps=options.steps or 2000, clips=2048)
+    clips = Clips(vae, text_encoder.tokenizer, training, options.run / "vace_latents.pt")
+    controlled = ControlledClips(vae, clips, training, options.run / "controls.pt")
+    t2v = {name: tensor.float() for name, tensor in load_model().low.file.items()}
+    module = train_vace(training, clips, controlled, text_encoder.module(), t2v, options.run)
+    _save(nano.VACE_MODULE, module, "wan_nano_vace_module")
+    _keep_log(options.run / "vace.csv")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

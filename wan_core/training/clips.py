@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from ..text import Tokenizer
+from ..text import Tokenizer, UMT5Encoder
 from ..vae import LatentStats, WanVAE
 from .loop import NanoTraining
 from .shapes import WORDINGS, Scene, caption, held_out, render, sample_scene
@@ -57,6 +57,12 @@ class Clips:
         ids, mask = self._tokenizer.encode(captions, CAPTION_TOKENS)
         used = int(mask.sum(1).max())
         return Captioned(index, self._latents[index].float(), ids[:, :used], mask[:, :used])
+
+
+@torch.no_grad()
+def embed(text_encoder: UMT5Encoder, batch: Captioned) -> Tensor:
+    """Embeddings [B, N, dim] of a batch's captions, zero past their ends."""
+    return text_encoder(batch.ids, batch.mask) * batch.mask.unsqueeze(-1)
 
 
 def _reword(scene: Scene, draw: float) -> str:

@@ -17,7 +17,7 @@ from ..presets import CLIP_VISION, TRANSFORMERS
 from ..text import UMT5Encoder
 from ..vae import LatentStats, WanVAE
 from ..vision import CLIPVision, preprocess
-from .clips import Captioned, Clips
+from .clips import Captioned, Clips, embed
 from .flow_matching import flow_matching_loss
 from .loop import NanoTraining, noise_like, train
 from .shapes import FRAMES, Scene, render
@@ -113,9 +113,3 @@ def train_i2v(options: NanoTraining, clips: Clips, known: KnownClips, text_encod
                                   batch.latents, noise_like(batch.latents, generator), sigmas, weights)
 
     return train("i2v", model, model, loss, options, run)
-
-
-@torch.no_grad()
-def embed(text_encoder: UMT5Encoder, batch: Captioned) -> Tensor:
-    """Embeddings [B, N, dim] of a batch's captions, zero past their ends."""
-    return text_encoder(batch.ids, batch.mask) * batch.mask.unsqueeze(-1)

@@ -114,6 +114,13 @@ class Scene:
         """Whether the caption mentions the background; if not, any background agrees with the caption."""
         return "{background}" in WORDINGS[self.wording]
 
+    def way(self, frames: int = FRAMES) -> tuple[float, float, float, float]:
+        """The box that the shape stays in over a clip: left, top, right, bottom in pixels."""
+        left, right, above, below = _extents(self.shape, self.size)
+        step_x, step_y = DIRECTIONS[self.direction]
+        x1, y1 = (start + step * self.speed * (frames - 1) for start, step in ((self.x0, step_x), (self.y0, step_y)))
+        return (min(self.x0, x1) - left, min(self.y0, y1) - above, max(self.x0, x1) + right, max(self.y0, y1) + below)
+
 
 def caption(scene: Scene) -> str:
     """The words for a scene, e.g. "a red circle moving left" or "On a black background, the blue square goes up."."""
@@ -188,6 +195,14 @@ def render(scenes: Sequence[Scene], frames: int = FRAMES, side: int = SIZE) -> T
 
     A scene's pixels are those of a 64x64 frame; another `side` shows the same picture larger or smaller.
     """
+    covered = coverage(scenes, frames, side)
+    ground = _colours(BACKGROUNDS[scene.background] for scene in scenes)
+    paint = _colours(COLOURS[scene.colour] for scene in scenes)
+    return torch.addcmul(ground, covered, paint - ground)
+
+
+def coverage(scenes: Sequence[Scene], frames: int = FRAMES, side: int = SIZE) -> Tensor:
+    """How much of each pixel the shapes cover, 0 to 1: [len(scenes), 1, frames, side, side]."""
     _check_frames(frames)
     if side < 1:
         raise ValueError(f"side is {side}; a frame needs at least 1 pixel")
@@ -202,16 +217,14 @@ def render(scenes: Sequence[Scene], frames: int = FRAMES, side: int = SIZE) -> T
     y = pixel[None, None, :, None] - centres[..., 1, None, None]  # [B, F, H, 1]
     sizes = _column(scene.size for scene in scenes)[..., None, None]
 
-    coverage = torch.empty(len(scenes), 1, frames, side, side)
+    covered = torch.empty(len(scenes), 1, frames, side, side)
     for shape in SHAPES:
         members = [index for index, scene in enumerate(scenes) if scene.shape == shape]
         if members:
             distance = signed_distance(shape, x[members], y[members], sizes[members])
             # A pixel whose centre lies d outside the edge is covered by about 0.5 - d of its width.
-            coverage[members, 0] = (0.5 - scale * distance).clamp_(0, 1)
-    ground = _colours(BACKGROUNDS[scene.background] for scene in scenes)
-    paint = _colours(COLOURS[scene.colour] for scene in scenes)
-    return torch.addcmul(ground, coverage, paint - ground)
+            covered[members, 0] = (0.5 - scale * distance).clamp_(0, 1)
+    return covered
 
 
 def signed_distance(shape: str, x: Tensor, y: Tensor, size: Tensor | float) -> Tensor:

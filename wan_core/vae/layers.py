@@ -7,13 +7,13 @@ checkpoints (Wan2.1 `wan/modules/vae.py`). Layout of activations: [B, C, T, H, W
 makes the 3D convolutions of oneDNN and cuDNN much faster.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convolution import after_history, first_frame, pointwise
+from .convolution import after_history, first_frame, on_doubled, pointwise
 
 
 class Stream:
@@ -151,8 +151,8 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, *, temporal: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact"),
-                                      nn.Conv2d(dim, out_dim, 3, padding=1))
+        # Index 0 is the doubling of pixels in the official code.
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, out_dim, 3, padding=1))
         self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1), padding=(1, 0, 0)) if temporal else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
@@ -161,7 +161,8 @@ class Upsample(nn.Module):
                 x = self._double_frames(x, stream)
             elif x.shape[2] > 1:
                 x = torch.cat([x[:, :, :1], self._double_frames(x[:, :, 1:], stream)], 2)
-        return per_frame(self.resample, x)
+        convolution = self.resample[1]
+        return per_frame(lambda images: on_doubled(images, convolution.weight, convolution.bias), x)
 
     def _double_frames(self, x: Tensor, stream: Stream) -> Tensor:
         # The convolution starts with the second latent frame: officially it sees zeros, not the first frame, before it.
@@ -171,7 +172,7 @@ class Upsample(nn.Module):
         return doubled.contiguous(memory_format=torch.channels_last_3d)
 
 
-def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
+def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Run a 2D layer on every frame of x [B, C, T, H, W] without leaving channels-last memory."""
     batch, frames = x.shape[0], x.shape[2]
     images = x.movedim(2, 1).flatten(0, 1)

@@ -112,7 +112,8 @@ class UpLevel(nn.Module):
 
     def _add_copies(self, h: Tensor, x: Tensor, stream: Stream) -> None:
         """Add every pixel of x to those of h that it stands for: in place, as the copies would be as large as h."""
-        x = x.unflatten(1, (-1, *self._groups)).permute(0, 1, 2, 5, 6, 3, 7, 4)  # [B, C, groups, T, H, groups, W, groups]
+        # [B, C, groups, T, H, groups, W, groups]
+        x = x.unflatten(1, (-1, *self._groups)).permute(0, 1, 2, 5, 6, 3, 7, 4)
         copies = self._factors[0]
         # Of the clip's first frame only the last copy exists: nothing comes before it.
         missing = copies - 1 if stream.first else 0

@@ -47,6 +47,15 @@ def open_model(path: str | Path, kind: str) -> tuple[TensorFile, Recognition]:
     return file, recognition
 
 
+def open_vace_module(path: str | Path) -> TensorFile:
+    """Opens a file that holds a VACE module, under official names. Raises LoadError where it holds something else."""
+    file, recognition = recognise_file(open_weights(path))
+    if recognition.kind != "vace_module":
+        raise LoadError(f"{file.path.name} seems to be {recognition.reason}. Choose a file that holds a VACE module; a "
+                        "whole VACE model is loaded as a model of its own.")
+    return file
+
+
 def recognise_file(file: TensorFile) -> tuple[TensorFile, Recognition]:
     """`file` under official tensor names, without prefix, and what it seems to be."""
     try:

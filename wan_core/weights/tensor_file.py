@@ -112,6 +112,14 @@ class TensorFile(Mapping[str, Tensor]):
 
         return TensorFile(self.path, self.format, self.metadata, dtypes, shapes, read_new)
 
+    def extended(self, other: "TensorFile") -> "TensorFile":
+        """The tensors of this file and of `other`, whose tensors count where both have one; named as this file."""
+        both = TensorFile(self.path, self.format, self.metadata, {**self._dtypes, **other._dtypes},
+                          {**self._shapes, **other._shapes},
+                          lambda name: other[name] if name in other else self[name])
+        both.nbytes = self.nbytes + other.nbytes
+        return both
+
     def close(self) -> None:
         """Lets go of the file. Its mapping ends with the last tensor taken from it."""
         self._read = None
