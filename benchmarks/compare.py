@@ -2,7 +2,8 @@
 
     python benchmarks/compare.py dit --dtype bfloat16
     python benchmarks/compare.py vae
-    python benchmarks/compare.py vae-memory
+    python benchmarks/compare.py vae22
+    python benchmarks/compare.py vae-memory --vae wan22_vae
 
 Weights and inputs are random: dense arithmetic takes the same time whatever the numbers, if they are not zeros. `limit`
 is the machine's own rate for a large matrix product (or a channels-last convolution), measured in the same run. Peak
@@ -37,17 +38,19 @@ VIDEO = (17, 192, 192)
 
 
 def main() -> None:
-    works = {"dit": transformer, "vae": vae_decode, "vae-memory": vae_memory, "vae-peak": vae_peak}
+    works = {"dit": transformer, "vae": vae_decode, "vae22": vae22_decode, "vae-memory": vae_memory,
+             "vae-peak": vae_peak}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("work", choices=works, help="\n".join(
         f"{name + ':':<12}{function.__doc__.splitlines()[0]}" for name, function in works.items()))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of dit")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs after the warm-up (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
-    parser.add_argument("--frames", type=int, default=VIDEO[0], help="of vae and vae-peak (default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=VIDEO[0], help="of VAEs, but vae-memory (default: %(default)s)")
     parser.add_argument("--side", type=int, default=VIDEO[1], help="width and height of videos (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="of dit, vae and vae-peak (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="of all but vae-memory (default: %(default)s)")
     parser.add_argument("--which", choices=("ours", "diffusers"), default="ours", help="of vae-peak")
+    parser.add_argument("--vae", choices=VAES, default="wan21_vae", help="of vae-memory and vae-peak")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -78,7 +81,16 @@ def transformer(options: argparse.Namespace) -> None:
 
 def vae_decode(options: argparse.Namespace) -> None:
     """Full-width Wan 2.1 VAE decode of 17 frames of 192x192, in float32."""
-    decoders = {name: vae_decoder(name, options) for name in ("ours", "diffusers")}
+    compare_decoders("wan21_vae", options)
+
+
+def vae22_decode(options: argparse.Namespace) -> None:
+    """Full-width Wan 2.2 VAE decode of 17 frames of 192x192, in float32."""
+    compare_decoders("wan22_vae", options)
+
+
+def compare_decoders(vae: str, options: argparse.Namespace) -> None:
+    decoders = {which: vae_decoder(vae, which, options) for which in ("ours", "diffusers")}
     times = interleave(decoders, options.rounds)
     show(options, times, limit=convolution_rate(options.device), frames=options.frames, side=options.side)
 
@@ -87,30 +99,36 @@ def vae_memory(options: argparse.Namespace) -> None:
     """Peak resident memory of a decode, each in a process of its own, for 17 and for 129 frames."""
     peaks = {}
     for which, frames in (("ours", 17), ("diffusers", 17), ("ours", 129)):
-        command = [sys.executable, __file__, "vae-peak", "--which", which, "--frames", str(frames),
-                   "--side", str(options.side), "--threads", str(options.threads)]
+        command = [sys.executable, __file__, "vae-peak", "--vae", options.vae, "--which", which,
+                   "--frames", str(frames), "--side", str(options.side), "--threads", str(options.threads)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks[f"{which}_{frames}"] = json.loads(done.stdout.splitlines()[-1])["peak_mb"]
     grown = (129 - 17) * 3 * options.side ** 2 * 4 / 1e6
-    print(json.dumps({"work": "vae-memory", "side": options.side, "peak_mb": peaks,
+    print(json.dumps({"work": "vae-memory", "vae": options.vae, "side": options.side, "peak_mb": peaks,
                       "growth_mb": round(peaks["ours_129"] - peaks["ours_17"], 1),
                       "output_growth_mb": round(grown, 1)}))
 
 
 def vae_peak(options: argparse.Namespace) -> None:
     """Decode once and print this process's peak resident memory (the work behind `vae-memory`)."""
-    vae_decoder(options.which, options)()
+    vae_decoder(options.vae, options.which, options)()
     print(json.dumps({"peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)}))
 
 
-def vae_decoder(which: str, options: argparse.Namespace) -> Callable[[], torch.Tensor]:
-    latents = torch.randn(1, 16, (options.frames - 1) // 4 + 1, options.side // 8, options.side // 8)
+def vae_decoder(vae: str, which: str, options: argparse.Namespace) -> Callable[[], torch.Tensor]:
+    spec = VAES[vae]
+    side = options.side // spec.spatial_stride
+    latents = torch.randn(1, spec.z_dim, (options.frames - 1) // 4 + 1, side, side)
     if which == "ours":
-        ours = randomise(WanVAE(VAES["wan21_vae"])).to(options.device).eval()
+        ours = randomise(WanVAE(spec)).to(options.device).eval()
         return lambda: ours.decode(latents)
     from diffusers import AutoencoderKLWan
 
-    theirs = randomise(AutoencoderKLWan()).to(options.device).eval()
+    patches = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2}
+    theirs = AutoencoderKLWan(
+        base_dim=spec.dim, decoder_base_dim=spec.decoder_dim, z_dim=spec.z_dim, num_res_blocks=spec.num_res_blocks,
+        scale_factor_spatial=spec.spatial_stride, **(patches if spec.kind == "wan22" else {}))
+    theirs = randomise(theirs).to(options.device).eval()
     return lambda: theirs.decode(latents.to(options.device), return_dict=False)[0].cpu()
 
 

@@ -9,11 +9,28 @@ import pytest
 import torch
 
 from tests.golden_cases import golden_dir
-from tests.small_models import save_module, write_clip_vision, write_hollow, write_text_encoder
-from wan_core.conditioning import TextCondition
+from tests.small_models import (
+    SMALL,
+    save_module,
+    write_clip_vision,
+    write_halves,
+    write_hollow,
+    write_text_encoder,
+    write_transformer,
+)
+from wan_core.conditioning import TextCondition, VaceCondition
 from wan_core.dit import ModelInputs, WanTransformer
 from wan_core.memory import OneAtATime
-from wan_core.models import Part, load_clip_vision, load_experts, load_model, load_text_encoder, load_vae
+from wan_core.models import (
+    Model,
+    Part,
+    add_vace,
+    load_clip_vision,
+    load_experts,
+    load_model,
+    load_text_encoder,
+    load_vae,
+)
 from wan_core.presets import CLIP_VISION, PRESETS, TEXT_ENCODERS, TRANSFORMERS, VAES, TransformerSpec
 from wan_core.sampling import Conditions, Guidance, denoise, make_schedule
 from wan_core.training.nano_tokenizer import train_tokenizer
@@ -296,3 +313,82 @@ def test_latents_and_prompts_that_do_not_fit_are_named(files):
             model.check_latents(torch.zeros(shape))
     with pytest.raises(ValueError, match="width of 4096, Nano T2V takes 96. Use the text encoder nano_umt5"):
         model.check_context(torch.zeros(1, 3, 4096))
+
+
+def handle(path: Path) -> Model:
+    """A handle on a transformer of no released size, with the nano preset's settings."""
+    part = Part.open(path, "transformer")
+    return Model(part, part, PRESETS["nano_t2v"], OneAtATime("cpu"))
+
+
+def run(model: Model, controls: bool = True) -> torch.Tensor:
+    """One step of a model from fixed noise, with a fixed VACE control or without one."""
+    noise, control, text = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed, shape in
+                            enumerate([(1, 16, 2, 4, 4), (1, 96, 2, 4, 4), (1, 5, model.spec.text_dim)]))
+    prompt = TextCondition(text, beside=(VaceCondition(control),) if controls else ())
+    return denoise(model, noise, make_schedule("euler", 2, 1.0), Conditions([prompt]), Guidance(1.0, 1.0),
+                   solver="euler")
+
+
+def test_a_vace_module_makes_the_whole_model(tmp_path):
+    """A whole VACE file, and the same weights as a text-to-video model with a module: bit for bit the same result."""
+    save_weights(tmp_path / "whole.safetensors",
+                 write_halves(tmp_path / "t2v.safetensors", tmp_path / "module.safetensors", SMALL["vace"]))
+    plain, whole = handle(tmp_path / "t2v.safetensors"), handle(tmp_path / "whole.safetensors")
+    joined = add_vace(plain, tmp_path / "module.safetensors")
+    assert joined.spec == whole.spec == SMALL["vace"] and plain.spec == SMALL["t2v"]
+    assert joined.high is joined.low and joined.preset.title == "Nano T2V with VACE"
+    assert joined.low.label == "t2v.safetensors"
+    result = run(whole)
+    assert torch.equal(run(joined), result) and not torch.equal(run(whole, controls=False), result)
+    assert torch.equal(run(joined, controls=False), run(plain, controls=False))
+
+
+def test_vace_modules_of_an_expert_pair(tmp_path):
+    """Each expert gets its own module, or both the same one; a single model takes one."""
+    names = [[tmp_path / f"{expert}_{part}.safetensors" for part in ("t2v", "module")] for expert in ("high", "low")]
+    tensors = [write_halves(*paths, TRANSFORMERS["nano_vace"], seed) for seed, paths in enumerate(names)]
+    (high, high_module), (low, low_module) = names
+    pair = load_experts(high, low, placement=OneAtATime("cpu"))
+
+    def embedded(model: Model) -> list[torch.Tensor]:
+        return [model.get(name).vace_patch_embedding.weight.clone() for name in ("high", "low")]
+
+    own, shared = add_vace(pair, high_module, low_module), add_vace(pair, high_module)
+    expected = [part["vace_patch_embedding.weight"] for part in tensors]
+    assert own.spec == TRANSFORMERS["nano_vace"] and own.boundary == pair.boundary
+    assert all(map(torch.equal, embedded(own), expected))
+    assert all(map(torch.equal, embedded(shared), [expected[0], expected[0]]))
+    assert torch.equal(own.get("low").head.head.weight, tensors[1]["head.head.weight"])
+    with pytest.raises(ValueError, match="a second VACE module was given, and Nano T2V is a single model"):
+        add_vace(load_model(high, placement=CPU), high_module, low_module)
+
+
+def test_files_that_are_no_vace_module(files, tmp_path):
+    """A whole model, another part, a module of another width or without a tensor: refused, the wrong file named."""
+    module = tmp_path / "module.safetensors"
+    tensors = write_halves(tmp_path / "t2v.safetensors", module, SMALL["vace"])
+    nano, plain = load_model(files.model, placement=CPU), handle(tmp_path / "t2v.safetensors")
+    with pytest.raises(LoadError, match="model.safetensors seems to be Nano T2V .*a whole VACE model is loaded as"):
+        add_vace(nano, files.model)
+    with pytest.raises(LoadError, match="vae.safetensors seems to be a Wan VAE"):
+        add_vace(nano, files.vae)
+    with pytest.raises(LoadError, match="module.safetensors seems to be a VACE module of 2 blocks.*a transformer"):
+        load_model(module, placement=CPU)
+    released = write_hollow(tmp_path / "large.safetensors", {
+        name: shape for name, shape in expected_shapes(TRANSFORMERS["wan21_vace_14b"]).items()
+        if name.startswith("vace_")})
+    with pytest.raises(LoadError, match="large.safetensors is made for a text-to-video transformer of width 5120, and "
+                                        ".*type t2v and width 128. Choose the module of t2v.safetensors"):
+        add_vace(plain, released)
+    with pytest.raises(LoadError, match="module.safetensors is made for a text-to-video .*one of type i2v"):
+        add_vace(handle(write_transformer(tmp_path / "i2v.safetensors", spec=SMALL["i2v"])), module)
+    cut = {name: tensor for name, tensor in tensors.items() if name.startswith("vace_")}
+    del cut["vace_blocks.1.after_proj.bias"]
+    save_weights(tmp_path / "cut.safetensors", cut)
+    with pytest.raises(LoadError, match="cut.safetensors cannot be added.*missing tensors: vace_blocks.1.after_proj"):
+        add_vace(plain, tmp_path / "cut.safetensors")
+    del cut["vace_blocks.0.before_proj.weight"]
+    save_weights(tmp_path / "cut.safetensors", cut)
+    with pytest.raises(LoadError, match="cut.safetensors is no whole VACE module: its tensor .*before_proj.weight. is"):
+        add_vace(plain, tmp_path / "cut.safetensors")

@@ -15,11 +15,10 @@ from wan_core.presets import (
     TRANSFORMERS,
     VAES,
     TransformerSpec,
-    VAESpec,
     recognise,
     strip_prefix,
 )
-from wan_core.weights import build_module, expected_shapes
+from wan_core.weights import build_module, can_run, expected_shapes
 
 GOLDEN = Path(os.environ.get("WAN_GOLDEN_DIR") or Path(__file__).parent / "golden")
 
@@ -45,7 +44,10 @@ KEYS = {
 }
 RUNNABLE = {
     "wan21_t2v_1_3b": 1_418_996_800, "wan21_t2v_14b": 14_288_491_584, "wan22_t2v_a14b_expert": 14_288_491_584,
-    "wan21_vae": 126_892_531, "umt5_xxl_encoder": 5_680_910_336, "clip_vision_vit_h_14": 632_076_800,
+    "wan21_i2v_14b": 16_394_878_784, "wan21_flf2v_14b": 16_395_536_704, "wan21_vace_1_3b": 2_153_972_032,
+    "wan21_vace_14b": 17_337_592_896, "wan22_i2v_a14b_expert": 14_288_901_184, "wan22_ti2v_5b": 4_999_787_712,
+    "wan21_vae": 126_892_531, "wan22_vae": 704_688_668, "umt5_xxl_encoder": 5_680_910_336,
+    "clip_vision_vit_h_14": 632_076_800,
 }
 
 
@@ -75,6 +77,13 @@ def test_every_released_model_is_recognised(name, prefix):
     assert (recognition.kind, recognition.names, recognition.spec) == (kind, names, spec)
 
 
+def test_every_module_that_can_run_is_compared():
+    """No architecture that this version runs is left out of the tests of names, shapes and counts; nor is a preset."""
+    assert {name for name, (_, _, spec) in KEYS.items() if can_run(spec)} == set(RUNNABLE)
+    compared = {preset for _, presets, _ in KEYS.values() for preset in presets}
+    assert {name for name in PRESETS if not name.startswith("nano")} <= compared
+
+
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_modules_have_the_official_names_and_shapes(name):
     """The module built from a spec has exactly the official model's tensors."""
@@ -88,13 +97,15 @@ def test_modules_have_the_official_parameter_count(name):
     assert sum(parameter.numel() for parameter in module.parameters()) == RUNNABLE[name]
 
 
-@pytest.mark.parametrize("name", [n for n, spec in TRANSFORMERS.items() if spec.model_type == "t2v"])
+@pytest.mark.parametrize("name", sorted({preset.transformer for preset in PRESETS.values()
+                                         if can_run(TRANSFORMERS[preset.transformer])}))
 def test_own_modules_are_recognised_as_their_preset(name):
     """A checkpoint written from a module of the table, nano included, leads back to the table."""
     assert recognise(expected_shapes(TRANSFORMERS[name])).spec == TRANSFORMERS[name]
 
 
-@pytest.mark.parametrize("table, name", [(VAES, "nano_vae"), (TEXT_ENCODERS, "nano_umt5"), (CLIP_VISION, "nano_clip")])
+@pytest.mark.parametrize("table, name", [
+    (VAES, "nano_vae"), (VAES, "nano_vae22"), (TEXT_ENCODERS, "nano_umt5"), (CLIP_VISION, "nano_clip")])
 def test_nano_parts_are_recognised(table, name):
     """The nano VAE, text encoder and CLIP vision model lead back to their table entry."""
     recognition = recognise(expected_shapes(table[name]))
@@ -106,16 +117,18 @@ def test_an_unreleased_size_gets_its_spec_from_the_shapes():
     spec = TransformerSpec(model_type="t2v", dim=384, ffn_dim=512, num_heads=3, num_layers=2, text_dim=64)
     recognition = recognise(expected_shapes(spec))
     assert (recognition.names, recognition.spec) == ((), spec)
-    vae = replace(VAES["wan21_vae"], dim=24, decoder_dim=24)
-    recognition = recognise(expected_shapes(vae))
-    assert (recognition.names, recognition.spec) == ((), vae)
+    for vae in (replace(VAES["wan21_vae"], dim=24, decoder_dim=24), replace(VAES["wan22_vae"], dim=24, decoder_dim=40)):
+        recognition = recognise(expected_shapes(vae))
+        assert (recognition.names, recognition.spec) == ((), vae)
 
 
-def test_vae_layout_is_read_from_the_shapes():
-    """Levels, multipliers and temporal strides of a VAE come from its tensors."""
-    vae = VAESpec(kind="wan21", dim=8, decoder_dim=8, z_dim=16, mean=VAES["wan21_vae"].mean, std=VAES["wan21_vae"].std,
-                  dim_mult=(1, 3, 2), num_res_blocks=1, temporal_downsample=(True, False), spatial_stride=4,
-                  temporal_stride=2)
+@pytest.mark.parametrize("vae", [
+    replace(VAES["wan21_vae"], dim=8, decoder_dim=8, dim_mult=(1, 3, 2), num_res_blocks=1,
+            temporal_downsample=(True, False), spatial_stride=4, temporal_stride=2),
+    replace(VAES["wan22_vae"], dim=8, decoder_dim=12, dim_mult=(1, 4, 4), num_res_blocks=3,
+            temporal_downsample=(False, True), spatial_stride=8, temporal_stride=2)])
+def test_vae_layout_is_read_from_the_shapes(vae):
+    """Levels, multipliers, widths of both halves and temporal strides of a VAE come from its tensors."""
     assert recognise(expected_shapes(vae)).spec == vae
 
 
@@ -309,10 +322,8 @@ def test_contradictory_specs_are_refused():
 
 def test_golden_key_lists_add_up():
     """The key lists are whole: their numbers add up to the published parameter counts."""
-    counts = {"wan21_i2v_14b": 16_394_878_784, "wan21_flf2v_14b": 16_395_536_704, "wan21_vace_1_3b": 2_153_972_032,
-              "wan21_vace_14b": 17_337_592_896, "wan22_i2v_a14b_expert": 14_288_901_184,
-              "wan22_ti2v_5b": 4_999_787_712, "wan22_s2v_14b": 16_295_755_609, "wan22_animate_14b": 17_274_816_884,
-              "wan22_vae": 704_688_668, **RUNNABLE}
+    counts = {"wan22_s2v_14b": 16_295_755_609, "wan22_animate_14b": 17_274_816_884, **RUNNABLE}
+    assert set(counts) == set(KEYS)
     for name, count in counts.items():
         # Animate's blur kernels are buffers, which published counts leave out.
         assert sum(math.prod(s) for key, s in keys(name).items() if not key.endswith(".kernel")) == count, name

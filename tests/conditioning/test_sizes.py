@@ -61,13 +61,13 @@ def test_size_of_ti2v(size, area):
 
 
 def test_sizes_of_the_buckets_themselves():
-    """A picture that has a bucket's size, upright or not, gets that size, and a square one a square."""
-    for size in ((832, 480), (480, 832), (1280, 720), (720, 1280)):
+    """A picture that has a bucket's size, upright or not, gets that size, but for one: in the official arithmetic the
+    square root of 480 squared comes out below 480."""
+    for size in ((480, 832), (1280, 720), (720, 1280), (624, 624)):
         assert size_for_area(*size, math.prod(size)) == size
-    for size in ((1280, 704), (704, 1280)):
+    for size in ((1280, 704), (704, 1280), (928, 928)):
         assert best_size(*size, math.prod(size)) == size
-    assert size_for_area(500, 500, AREAS["480p"]) == (624, 624)
-    assert best_size(500, 500, AREAS["704p"]) == (928, 928)
+    assert size_for_area(832, 480, AREAS["480p"]) == (832, 464) == latent_sides(832, 480, AREAS["480p"])
 
 
 @pytest.mark.parametrize("choose", [size_for_area, best_size])
@@ -139,8 +139,8 @@ def test_masks_are_cut_where_their_pictures_are():
     for how in ("crop", "stretch"):
         small, covered = fit(image, 16, 16, how), fit_mask(mask, 16, 16, how)
         # The filters differ in a band of a few pixels along the edge.
-        assert torch.equal(covered[..., :5], torch.ones(1, 1, 16, 5)) and small[..., :5].max() < -0.9
-        assert torch.equal(covered[..., -5:], torch.zeros(1, 1, 16, 5)) and small[..., -5:].min() > 0.9
+        assert covered[..., :5].min() > 0.99 and small[..., :5].max() < -0.9
+        assert covered[..., -5:].max() < 0.01 and small[..., -5:].min() > 0.9
 
 
 def test_another_way_to_fit_is_refused():

@@ -73,3 +73,15 @@ def test_a_backend_without_a_kernel_is_refused():
     """A kernel that the device does not have is a ValueError that says what to use, not PyTorch's own."""
     with pytest.raises(ValueError, match="'sdpa-cudnn' cannot run float32 on a cpu device here; use sdpa"):
         attention(*tensors(), backend="sdpa-cudnn")
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(7, 5), (40, 1 << 17), (1, 1)])
+def test_half_precision_on_a_cpu(queries, keys):
+    """In bfloat16 on a CPU, where rows are taken in parts, attention stays within 1e-2 of float32."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, queries, 3, 32, generator=generator).bfloat16()
+    k, v = (torch.randn(2, keys, 3, 32, generator=generator).bfloat16() for _ in range(2))
+    with torch.no_grad():
+        half = attention(q, k, v)
+        exact = attention(q.float(), k.float(), v.float())
+    assert half.dtype == torch.bfloat16 and (half - exact).norm() <= 1e-2 * exact.norm()

@@ -1,61 +1,12 @@
 """The transformer against the official code and diffusers, in other precisions, and against itself."""
 
-import re
-
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.dit.oracle import SPEC, Oracle, Sizes, in_bfloat16, inputs, transformer
 from tests.golden_cases import load_case
 from wan_core.dit import ModelInputs, TextTokens, VaceControl, VaceTransformer, WanTransformer
 from wan_core.presets import TRANSFORMERS, TransformerSpec
-
-SPEC = TransformerSpec(model_type="t2v", dim=256, ffn_dim=384, num_heads=2, num_layers=3, text_dim=48)
-
-# Official part of a block -> diffusers' name; the rest of a parameter's name is kept.
-DIFFUSERS_BLOCK = {
-    "self_attn.o": "attn1.to_out.0", "self_attn.norm_q": "attn1.norm_q", "self_attn.norm_k": "attn1.norm_k",
-    "cross_attn.o": "attn2.to_out.0", "cross_attn.norm_q": "attn2.norm_q", "cross_attn.norm_k": "attn2.norm_k",
-    **{f"self_attn.{part}": f"attn1.to_{part}" for part in "qkv"},
-    **{f"cross_attn.{part}": f"attn2.to_{part}" for part in "qkv"},
-    "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "modulation": "scale_shift_table",
-}
-DIFFUSERS_ROOT = {
-    "patch_embedding": "patch_embedding", "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj", "head.head": "proj_out",
-    "head.modulation": "scale_shift_table",
-}
-
-
-def diffusers_name(name: str) -> str:
-    """Our (the official) parameter name in diffusers' WanTransformer3DModel."""
-    leaf = re.search(r"\.(weight|bias)$", name)
-    stem, leaf = name.removesuffix(leaf[0] if leaf else ""), leaf[0] if leaf else ""
-    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", stem):
-        return f"blocks.{match[1]}.{DIFFUSERS_BLOCK[match[2]]}{leaf}"
-    return DIFFUSERS_ROOT[stem] + leaf
-
-
-def transformer(spec: TransformerSpec = SPEC, seed: int = 0) -> WanTransformer:
-    """Random weights; norms and biases too, so that none of them can be mixed up unnoticed."""
-    torch.manual_seed(seed)
-    model = WanTransformer(spec).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
-def inputs(spec: TransformerSpec = SPEC, batch: int = 1, grid: tuple[int, int, int] = (3, 6, 8), tokens: int = 20):
-    """Latents, timesteps and a text embedding of `tokens` rows."""
-    generator = torch.Generator().manual_seed(batch)
-    return (torch.randn(batch, spec.in_dim, *grid, generator=generator),
-            torch.linspace(987, 3.5, batch),
-            torch.randn(batch, tokens, spec.text_dim, generator=generator))
 
 
 def golden_model(case) -> WanTransformer:
@@ -104,14 +55,6 @@ def golden_context(case) -> torch.Tensor:
     return context
 
 
-def in_bfloat16(model: WanTransformer) -> WanTransformer:
-    """The matrices that the official code runs in bf16; the float32 islands stay."""
-    for name, parameter in model.named_parameters():
-        if not any(part in name for part in ("time_", "head.", "norm", "modulation")):
-            parameter.data = parameter.data.bfloat16()
-    return model
-
-
 GOLDEN = ["dit_wan21_t2v", "dit_wan22_t2v", "dit_wan21_i2v", "dit_wan21_flf2v", "dit_wan22_i2v", "dit_wan22_ti2v",
           "dit_wan21_vace"]
 
@@ -153,15 +96,9 @@ def test_equals_diffusers(batch, grid, change):
     """Other shapes, heads of 128 and 32 channels, samples with different timesteps: max abs error 1e-4 in fp32."""
     spec = TransformerSpec(**{**vars(SPEC), **change})
     model = transformer(spec)
-    oracle = WanTransformer3DModel(
-        num_attention_heads=spec.num_heads, attention_head_dim=spec.dim // spec.num_heads, in_channels=spec.in_dim,
-        out_channels=spec.out_dim, text_dim=spec.text_dim, freq_dim=spec.freq_dim, ffn_dim=spec.ffn_dim,
-        num_layers=spec.num_layers).eval()
-    oracle.load_state_dict({diffusers_name(name): value for name, value in model.state_dict().items()})
     latents, timestep, context = inputs(spec, batch, grid)
-    padded = torch.nn.functional.pad(context, (0, 0, 0, spec.text_len - context.shape[1]))
     with torch.no_grad():
-        theirs = oracle(latents, timestep, padded, return_dict=False)[0]
+        theirs = Oracle(model)(latents, timestep, context)
         ours = model(ModelInputs(latents, timestep, model.prepare_text(context)))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
@@ -225,21 +162,6 @@ def test_inputs_are_not_written_to():
         first = model(ModelInputs(latents, timestep, text))
         assert torch.equal(model(ModelInputs(latents, timestep, text)), first)
     assert all(map(torch.equal, kept, (latents, timestep, context, text.tokens, text.bias)))
-
-
-class Sizes(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return result
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -8,10 +8,14 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.small_models import SMALL, write_clip_vision, write_transformer, write_vae
+from wan_core.presets import TRANSFORMERS
 
 PACK = Path(__file__).resolve().parent.parent.parent
 NAME = str(PACK).replace(".", "_x_") + "_under_test"
@@ -60,6 +64,37 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory: without ComfyUI the nodes look for models and write their output there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def small(module, workspace) -> Callable[[str], object]:
+    """Makes a model of `tests.small_models.SMALL` with random weights and the nano settings."""
+    def make(name: str) -> object:
+        models, presets = module("wan_core.models"), module("wan_core.presets")
+        part = models.Part.open(write_transformer(workspace / f"{name}.safetensors", spec=SMALL[name]), "transformer")
+        preset = replace(presets.PRESETS["nano_t2v"], title=f"Small {name.upper()}",
+                         vae="nano_vae22" if name == "ti2v" else "nano_vae")
+        return models.Model(part, part, preset, module("wan_core.memory").OneAtATime("cpu"))
+
+    return make
+
+
+@pytest.fixture
+def listed(call, workspace) -> Callable[[str], object]:
+    """What the loader nodes give for files with random weights: "model" (nano I2V), "clip_vision", "vae22"."""
+    def load(name: str) -> object:
+        node, key, folder, write = {
+            "model": ("WanCoreModelLoader", "model", "diffusion_models",
+                      lambda path: write_transformer(path, spec=TRANSFORMERS["nano_i2v"])),
+            "clip_vision": ("WanCoreCLIPVisionLoader", "clip_vision", "clip_vision", write_clip_vision),
+            "vae22": ("WanCoreVAELoader", "vae", "vae", lambda path: write_vae(path, name="nano_vae22")),
+        }[name]
+        path = workspace / "models" / folder / "small.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+        return call(node, **{key: path.name})[0]
+
+    return load
 
 
 @pytest.fixture(scope="session")

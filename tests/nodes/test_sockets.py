@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.small_models import write_clip_vision
+from tests.small_models import write_clip_vision, write_vae
 
 
 @pytest.fixture
@@ -124,3 +124,34 @@ def test_vae_describes_itself(nano):
     assert (vae.spacial_compression_decode(), vae.spacial_compression_encode()) == (8, 8)
     assert vae.temporal_compression_decode() == 4
     assert "decoder.head.0.gamma" in vae.get_sd()
+
+
+@pytest.fixture(scope="module")
+def vae22(module, tmp_path_factory):
+    """The VAE socket on a nano Wan 2.2 VAE with random weights."""
+    path = write_vae(tmp_path_factory.mktemp("vae") / "vae22.safetensors", name="nano_vae22")
+    return module("nodes.sockets").ComfyVAE(module("wan_core.models").load_vae(path))
+
+
+def test_a_wan22_vae_describes_itself(vae22):
+    """Promise: a Wan 2.2 VAE tells the core its own channels and strides."""
+    assert (vae22.latent_channels, vae22.latent_dim) == (48, 3)
+    assert (vae22.spacial_compression_decode(), vae22.spacial_compression_encode()) == (16, 16)
+    assert vae22.temporal_compression_decode() == 4
+
+
+def test_a_wan22_vae_converts_as_the_engine(vae22):
+    """Promise: 48 channels and 16 pixels a side, both ways, in tiles too; off its grid a clip is cut to it."""
+    latents = torch.randn(1, 48, 2, 3, 5, generator=torch.Generator().manual_seed(0))
+    images = vae22.decode(latents)
+    assert images.shape == (1, 5, 48, 80, 3)
+    torch.testing.assert_close(images, vae22.vae.decode(latents).movedim(1, -1) / 2 + 0.5)
+    torch.testing.assert_close(vae22.decode_tiled(latents, tile_x=5, tile_y=3, overlap=1), images)
+    clip = images[0]
+    encoded = vae22.encode(clip)
+    assert encoded.shape == latents.shape
+    torch.testing.assert_close(vae22.encode_tiled(clip, tile_x=80, tile_y=48, overlap=16), encoded)
+    wider = torch.nn.functional.pad(clip, (0, 0, 4, 4, 0, 1), value=0.5)
+    assert torch.equal(vae22.encode(wider), encoded)
+    with pytest.raises(ValueError, match=r"decodes \[batch, 48, frames"):
+        vae22.decode(latents[:, :16])

@@ -61,6 +61,17 @@ def test_clips_of_a_batch_are_independent(scenes):
         assert torch.equal(batch[index], render([scenes[index]])[0])
 
 
+def test_larger_frames_show_the_same_picture(scenes):
+    """A clip drawn at twice the side is the 64-pixel clip where 2x2 pixels are averaged, with edges as sharp."""
+    large, small = render(scenes[:12], 3, side=128), render(scenes[:12], 3)
+    assert large.shape == (12, 3, 3, 128, 128)
+    averaged = torch.nn.functional.avg_pool3d(large, (1, 2, 2))
+    assert (averaged - small).abs().mean() < 2e-3 and (averaged - small).abs().max() < 0.5
+    partly = [((clips[:, :1] - clips[:, :1, :, :1, :1]).abs() > 1e-3).sum() for clips in (large, small)]
+    assert 3.5 < partly[0] / partly[1] < 4.2
+    assert sample_batch(torch.Generator().manual_seed(0), 2, side=32)[0].shape == (2, 3, FRAMES, 32, 32)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_area_of_the_drawn_shape(shape):
     """Anti-aliased coverage adds up to the shape's area: the signed distances are right on every side."""
@@ -159,6 +170,7 @@ def test_held_out_scenes_are_balanced():
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: render([]), "no scenes"),
     (lambda: render([_scene()], frames=1), "frames is 1"),
+    (lambda: render([_scene()], side=0), "side is 0"),
     (lambda: sample_scene(torch.Generator(), frames=0), "frames is 0"),
     (lambda: held_out_scenes(0), "count is 0"),
     (lambda: signed_distance("hexagon", torch.zeros(1), torch.zeros(1), 1.0), "hexagon"),

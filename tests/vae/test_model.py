@@ -11,6 +11,7 @@ from tests.golden_cases import load_case
 from tests.vae.small import SMALL, randn, random_latents, random_vae, random_video
 from wan_core.presets import VAES, VAESpec
 from wan_core.vae import LatentStats, WanVAE
+from wan_core.vae.layers import Stream
 
 ROOTS = {"conv1": "quant_conv", "conv2": "post_quant_conv", "conv1_in": "conv_in", "head.0": "norm_out",
          "head.2": "conv_out", "middle.0": "mid_block.resnets.0", "middle.1": "mid_block.attentions.0",
@@ -109,6 +110,22 @@ def test_equals_diffusers(kind, change):
     with torch.no_grad():
         torch.testing.assert_close(vae.encode(video), oracle.encode(video).latent_dist.mode(), atol=1e-4, rtol=0)
         torch.testing.assert_close(vae.decode(latents), oracle.decode(latents).sample, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_gradients_equal_those_of_diffusers(kind):
+    """Training on a clip as one piece: gradients of pixels and of all weights, encoded and decoded, as in diffusers."""
+    vae = random_vae(SMALL[kind]).requires_grad_(True)
+    oracle, spec = diffusers_vae(vae), vae.spec
+    videos = [random_video(spec, 9, 2, 2).requires_grad_(True) for _ in range(2)]
+    latents = vae.encode_piece(videos[0], Stream(whole=True))
+    vae.decode_piece(latents, Stream(whole=True)).clamp(-1, 1).square().mean().backward()
+    oracle.decode(oracle.encode(videos[1]).latent_dist.mode()).sample.square().mean().backward()
+    expected = dict(oracle.named_parameters())
+    pairs = [(parameter.grad, expected[diffusers_name(name, spec)].grad) for name, parameter in vae.named_parameters()]
+    for ours, theirs in [(videos[0].grad, videos[1].grad), *pairs]:
+        assert ours.abs().sum() > 0
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm() + 1e-7
 
 
 @pytest.mark.parametrize("kind", SMALL)

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.vae.small import randn, random_vae
+from tests.vae.small import SMALL, random_latents, random_vae, random_video
+from wan_core import nano
 from wan_core.models import load_vae
-from wan_core.training.shapes import SIZE, held_out_scenes, render
+from wan_core.training.shapes import held_out_scenes, render
 from wan_core.vae import Tiling
 from wan_core.vae.tiling import spans
 
@@ -24,7 +25,18 @@ def layouts(count=300):
         yield draw.randint(1, 300), tile, draw.randint(1, tile // 2)
 
 
-@pytest.mark.parametrize("scale", [1, 8])
+@pytest.fixture(scope="module", params=SMALL)
+def vae(request):
+    return random_vae(SMALL[request.param])
+
+
+def tiles_of(vae, height, width, overlap):
+    """Tiles whose sizes are given in latent pixels."""
+    stride = vae.spec.spatial_stride
+    return Tiling(height * stride, width * stride, overlap * stride)
+
+
+@pytest.mark.parametrize("scale", [1, 8, 16])
 def test_weights_of_all_tiles_sum_to_one(scale):
     """For any length, tile and overlap: at every position the weights are within 0..1 and sum to one."""
     for length, tile, overlap in layouts():
@@ -64,47 +76,57 @@ def test_tilings_off_the_grid_are_refused(tiling, message):
     """Sizes that are no multiples of the stride, or an overlap above half a tile, are errors that say what to use."""
     with pytest.raises(ValueError, match=message):
         tiling.check(8)
+    vae = random_vae(SMALL["wan21"])
     for method, argument in (("encode", torch.zeros(1, 3, 1, 64, 64)), ("decode", torch.zeros(1, 16, 1, 8, 8))):
         with pytest.raises(ValueError, match=message):
-            getattr(random_vae(), method)(argument, tiling=tiling)
+            getattr(vae, method)(argument, tiling=tiling)
 
 
-def test_count_is_the_number_of_tiles():
+def test_tiles_lie_on_the_grid_of_the_vae():
+    """Tiles that fit eight pixels a latent pixel may be off the grid of sixteen, and are refused there."""
+    tiling = Tiling(72, 72, 8)
+    tiling.check(8)
+    with pytest.raises(ValueError, match="height is 72 pixels; it must be a positive multiple of 16. Use 64"):
+        random_vae(SMALL["wan22"]).decode(torch.zeros(1, 48, 1, 8, 8), tiling=tiling)
+
+
+def test_count_is_the_number_of_tiles(vae):
     """Tiling.count says beforehand how often on_piece comes for each latent frame."""
-    vae, seen = random_vae(), []
-    for tiling in (Tiling(16, 24, 8), Tiling(64, 64, 16)):
+    seen = []
+    for tiling in (tiles_of(vae, 2, 3, 1), tiles_of(vae, 8, 8, 2)):
         seen.clear()
-        vae.decode(torch.zeros(1, 16, 1, 3, 5), tiling=tiling, on_piece=lambda: seen.append(None))
-        assert len(seen) == tiling.count(3, 5, 8)
+        vae.decode(random_latents(vae.spec, 1, 3, 5), tiling=tiling, on_piece=lambda: seen.append(None))
+        assert len(seen) == tiling.count(3, 5, vae.spec.spatial_stride)
 
 
 def test_good_tilings_pass():
     """The largest legal overlap and a tile of two strides are accepted."""
     Tiling(128, 64, 32).check(8)
     Tiling(16, 16, 8).check(8)
+    Tiling(32, 32, 16).check(16)
 
 
-def test_a_tile_as_large_as_the_picture_changes_nothing():
+def test_a_tile_as_large_as_the_picture_changes_nothing(vae):
     """One tile is no tile: bit for bit the untiled result, both ways."""
-    vae, tiling = random_vae(), Tiling(64, 64, 32)
-    latents, video = randn(1, 16, 2, 4, 6), randn(1, 3, 5, 32, 48)
+    tiling = tiles_of(vae, 8, 8, 4)
+    latents, video = random_latents(vae.spec, 2, 4, 6), random_video(vae.spec, 5, 4, 6)
     assert torch.equal(vae.decode(latents, tiling=tiling), vae.decode(latents))
     assert torch.equal(vae.encode(video, tiling=tiling), vae.encode(video))
 
 
-def test_flat_regions_come_out_of_tiles_unchanged():
+def test_flat_regions_come_out_of_tiles_unchanged(vae):
     """Where two tiles agree, blending keeps their value: the picture is nowhere darker or brighter for the weights."""
-    vae = random_vae()
-    latents = randn(1, 16, 2, 1, 1).expand(-1, -1, -1, 12, 16)
-    tiled = vae.decode(latents, tiling=Tiling(64, 64, 32))
+    latents = random_latents(vae.spec, 2, 1, 1).expand(-1, -1, -1, 12, 16)
+    tiled = vae.decode(latents, tiling=tiles_of(vae, 8, 8, 4))
     single = vae.decode(latents[..., :8, :8])
     # Away from every tile's border all tiles see the same constant surroundings.
-    torch.testing.assert_close(tiled[..., 28:36, 28:36], single[..., 28:36, 28:36], atol=0.05, rtol=0)
+    middle = slice(4 * vae.spec.spatial_stride - 4, 4 * vae.spec.spatial_stride + 4)
+    torch.testing.assert_close(tiled[..., middle, middle], single[..., middle, middle], atol=0.05, rtol=0)
 
 
-def test_frames_of_tiles_are_final_when_they_are_handed_on():
+def test_frames_of_tiles_are_final_when_they_are_handed_on(vae):
     """Frames come while the last tile runs, in order, complete, and never change afterwards; on_piece counts tiles."""
-    vae, latents, tiling = random_vae(), randn(1, 16, 3, 4, 6), Tiling(24, 24, 8)
+    latents, tiling = random_latents(vae.spec, 3, 4, 6), tiles_of(vae, 3, 3, 1)
     tiles = len(spans(4, 3, 1)) * len(spans(6, 3, 1))
     expected = vae.decode(latents, tiling=tiling)
     out, seen, pieces = torch.full_like(expected, torch.nan), [], []
@@ -123,35 +145,36 @@ def psnr(first, second):
     return 10 * math.log10(4 / (first - second).square().mean().item())
 
 
-def canvas(frames=9):
-    """A clip of 128x128 pixels: four moving shapes on one background, each in its quarter."""
+def canvas(side, frames=9):
+    """A clip of four moving shapes on one background, each in its quarter of `side` pixels."""
     scenes = [replace(scene, background="gray") for scene in held_out_scenes(4)]
-    clips = render(scenes, frames)
-    clip = torch.empty(1, 3, frames, 2 * SIZE, 2 * SIZE)
+    clips = render(scenes, frames, side)
+    clip = torch.empty(1, 3, frames, 2 * side, 2 * side)
     for index, quarter in enumerate(clips):
-        top, left = SIZE * (index // 2), SIZE * (index % 2)
-        clip[0, ..., top:top + SIZE, left:left + SIZE] = quarter
+        top, left = side * (index // 2), side * (index % 2)
+        clip[0, ..., top:top + side, left:left + side] = quarter
     return clip
 
 
-@pytest.fixture(scope="module")
-def nano():
-    """The bundled VAE, a clip larger than its tiles, and the clip's latents."""
-    vae, clip = load_vae().module(), canvas()
+@pytest.fixture(scope="module", params=[nano.VAE, nano.VAE22], ids=SMALL)
+def trained(request):
+    """A bundled VAE, a clip of 16x16 latent pixels, and the clip's latents."""
+    vae = load_vae(request.param).module()
+    clip = canvas(8 * vae.spec.spatial_stride)
     return vae, clip, vae.encode(clip)
 
 
-@pytest.mark.parametrize("tiling", [Tiling(96, 96, 48), Tiling(64, 96, 32)])
-def test_decoded_tiles_are_not_seen(nano, tiling):
+@pytest.mark.parametrize("tiles", [(12, 12, 6), (8, 12, 4)])
+def test_decoded_tiles_are_not_seen(trained, tiles):
     """On trained weights a tiled decode is within 45 dB of the whole one."""
-    vae, _, latents = nano
-    assert psnr(vae.decode(latents, tiling=tiling), vae.decode(latents)) >= 45
+    vae, _, latents = trained
+    assert psnr(vae.decode(latents, tiling=tiles_of(vae, *tiles)), vae.decode(latents)) >= 45
 
 
-def test_encoded_tiles_are_not_seen(nano):
+def test_encoded_tiles_are_not_seen(trained):
     """On trained weights a clip encoded in tiles decodes to within 45 dB of the same clip encoded whole."""
-    vae, clip, latents = nano
-    tiled = vae.encode(clip, tiling=Tiling(96, 96, 48))
+    vae, clip, latents = trained
+    tiled = vae.encode(clip, tiling=tiles_of(vae, 12, 12, 6))
     assert psnr(vae.decode(tiled), vae.decode(latents)) >= 45
 
 
@@ -159,6 +182,6 @@ def test_encoded_tiles_are_not_seen(nano):
 def test_count_is_how_many_tiles_run(height, width, count):
     """The number told to progress bars is the number of tiles that are decoded."""
     assert Tiling(64, 64, 16).count(height, width, 8) == count
-    vae, pieces = random_vae(), []
-    vae.decode(randn(1, 16, 1, height, width), tiling=Tiling(64, 64, 16), on_piece=lambda: pieces.append(1))
+    vae, pieces = random_vae(SMALL["wan21"]), []
+    vae.decode(random_latents(vae.spec, 1, height, width), tiling=Tiling(64, 64, 16), on_piece=lambda: pieces.append(1))
     assert len(pieces) == count

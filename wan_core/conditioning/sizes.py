@@ -26,8 +26,9 @@ _LOBES = 3
 def size_for_area(width: int, height: int, area: int, grid: int = 16) -> tuple[int, int]:
     """Width and height of about `area` pixels with the aspect ratio of a picture, multiples of `grid`.
 
-    The rule of image to video: both sides are rounded to latent pixels, then down to the grid. Raises ValueError for
-    an empty picture or an area too small.
+    The rule of image to video: both sides are brought down to latent pixels, then down to the grid, in the official
+    code's floating point (in which 832x480 at its own area becomes 832x464). Raises ValueError for an empty picture or
+    an area too small.
     """
     _check(width, height, area, grid)
     ratio, latent = height / width, grid // 2

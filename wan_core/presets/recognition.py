@@ -158,20 +158,22 @@ def with_vace(spec: TransformerSpec, shapes: Shapes) -> TransformerSpec:
     Raises ValueError, with a phrase that completes "the module ...", where the two do not belong together.
     """
     try:
-        dim, fields_of_vace = _size(shapes, "vace_patch_embedding.weight", 0), _vace_fields(shapes, spec.num_layers)
+        dim = _size(shapes, "vace_patch_embedding.weight", 0)
+        # Of another model's module it says more that the model is another one than how many blocks there are.
+        if spec.model_type != "t2v" or dim != spec.dim:
+            raise ValueError(f"is made for a text-to-video transformer of width {dim}, and this is one of type "
+                             f"{spec.model_type} and width {spec.dim}")
+        return replace(spec, model_type="vace", **_vace_fields(shapes, spec.num_layers))
     except _Odd as odd:
         raise ValueError(f"is no whole VACE module: {odd}") from odd
-    if spec.model_type != "t2v" or dim != spec.dim:
-        raise ValueError(f"is made for a text-to-video transformer of width {dim}, and this is one of type "
-                         f"{spec.model_type} and width {spec.dim}")
-    return replace(spec, model_type="vace", **fields_of_vace)
 
 
 def _vace_fields(shapes: Shapes, num_layers: int) -> dict[str, object]:
     """Of a TransformerSpec, what belongs to VACE."""
     count = len(_indices(shapes, r"vace_blocks\.(\d{1,6})\."))
-    if not 0 < count <= num_layers or "vace_blocks.0.before_proj.weight" not in shapes:
+    if not 0 < count <= num_layers:
         raise _Odd("its control blocks are missing" if not count else f"it has {count} control blocks for {num_layers}")
+    _size(shapes, "vace_blocks.0.before_proj.weight", 0)
     # The control blocks of both released models are spread evenly, the first one on block 0.
     return {"vace_layers": tuple(range(0, num_layers, max(1, num_layers // count)))[:count],
             "vace_in_dim": _size(shapes, "vace_patch_embedding.weight", 1)}
