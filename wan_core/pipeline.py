@@ -182,10 +182,11 @@ def generate(prompt: str, *, model: Model | None = None, vae: VideoVAE | None = 
     text_encoder = text_encoder or load_text_encoder(placement=shared)
     if clip_vision is None and model.preset.clip_vision == "nano_clip":
         clip_vision = load_clip_vision(placement=shared)
-    own_width, own_height = visuals.size(model)
-    settings = resolve_settings(model, prompt, negative_prompt=negative_prompt, width=own_width if width is None else width,
-                                height=own_height if height is None else height, frames=frames, steps=steps, seed=seed, solver=solver,
-                                shift=shift, guidance=guidance, fps=fps)
+    own = visuals.size(model)
+    width, height = own[0] if width is None else width, own[1] if height is None else height
+    settings = resolve_settings(model, prompt, negative_prompt=negative_prompt, width=width, height=height,
+                                frames=frames, steps=steps, seed=seed, solver=solver, shift=shift, guidance=guidance,
+                                fps=fps)
     check_fit(model, vae, text_encoder, clip_vision)
     check_fps(settings.fps)
     shape = latent_shape(model.vae_spec, settings.width, settings.height, settings.frames)

@@ -134,7 +134,7 @@ def test_a_run_from_known_frames(call, nano, listed, small, kind):
 
 
 def test_the_vae_decides_on_the_grid(call, listed):
-    """Promise: with the VAE of TI2V a latent pixel is 16 pixels, there are 48 channels and sizes are multiples of 32."""
+    """Promise: with the VAE of TI2V a latent pixel is 16 pixels wide, with 48 channels, on a grid of 32."""
     latent, = call("WanCoreImageLatent", vae=listed("vae22"), width=64, height=96, length=5)
     assert latent["samples"].shape == (1, 48, 2, 6, 4)
     with pytest.raises(ValueError, match="width is 80 pixels; it must be a multiple of 32"):

@@ -16,8 +16,8 @@ def masked(call, nano):
     """Samples a given latent with this noise mask."""
     def run(mask, samples=None, **changes):
         latent = {"samples": given() if samples is None else samples, "noise_mask": mask}
-        inputs = {"model": nano["model"], "positive": nano["positive"], "negative": nano["negative"], **QUICK, **changes}
-        return call("WanCoreSampler", latent=latent, **inputs)[0]["samples"]
+        inputs = {"model": nano["model"], "positive": nano["positive"], "negative": nano["negative"], **QUICK}
+        return call("WanCoreSampler", latent=latent, **{**inputs, **changes})[0]["samples"]
 
     return run
 
