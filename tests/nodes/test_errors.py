@@ -1,8 +1,15 @@
-"""Bad input: every node says what came, what was expected and what to do, before anything is computed."""
+"""Bad input: every node says what came, what was expected and what to do, before anything is computed.
+
+Where a model can run without what it was made for, it does, and the log says what happens instead.
+"""
+
+import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.small_models import SMALL, write_halves, write_transformer
 from wan_core.presets import TRANSFORMERS
 from wan_core.weights import expected_shapes, save_weights
 
@@ -63,6 +70,178 @@ def test_sampler_refuses(call, nano, changes, message):
     with pytest.raises(ValueError, match=message):
         call("WanCoreSampler", **inputs)
     assert model.placement._held is None
+
+
+@pytest.fixture
+def sample(call, nano):
+    """Two steps of a model with these options beside both prompts."""
+    def run(model, beside=None, latent=None, **changes):
+        prompts = {name: [[embedding, {**options, **(beside or {})}] for embedding, options in nano[name]]
+                   for name in ("positive", "negative")}
+        samples = torch.zeros(1, model.vae_spec.z_dim, 2, 4, 4)
+        return call("WanCoreSampler", model=model, latent=latent or {"samples": samples}, steps=2, seed=1, **prompts,
+                    **changes)[0]["samples"]
+
+    return run
+
+
+def picture(frames=2, size=4, mask_size=4) -> dict:
+    """What an image-to-video node puts beside a prompt."""
+    return {"concat_latent_image": torch.zeros(1, 16, frames, size, size),
+            "concat_mask": torch.ones(1, 1, frames, mask_size, mask_size)}
+
+
+CLIP = {"clip_vision_output": SimpleNamespace(penultimate_hidden_states=torch.ones(1, 17, 64))}
+CONTROL = {"vace_frames": [torch.zeros(1, 32, 2, 4, 4)], "vace_mask": [torch.ones(1, 64, 2, 4, 4)],
+           "vace_strength": [1.0]}
+
+
+@pytest.mark.parametrize(("name", "beside", "message"), [
+    ("t2v", picture(), "takes none through its channels. Use an image-to-video model"),
+    ("i2v", picture(frames=3), r"shape \[1, 20, 3, 4, 4\].*Make it for the video's width, height and length"),
+    ("i2v", picture(size=8, mask_size=8), r"shape \[1, 20, 2, 8, 8\].*Make it for the video's width"),
+    ("i2v", picture(mask_size=8), r"mask of known frames has shape \[1, 4, 2, 8, 8\]"),
+    ("t2v", CONTROL, "this model has no VACE blocks. Use a VACE model, or add a VACE module"),
+    ("i2v", {**picture(), **CONTROL}, "this model has no VACE blocks"),
+    ("vace", {**CONTROL, "vace_mask": [torch.ones(1, 64, 3, 4, 4)]}, "frames, height and width must be equal"),
+])
+def test_pictures_and_controls_that_do_not_suit(sample, small, name, beside, message):
+    """Promise: pictures for a text-to-video model, a control for one without VACE, parts of another size: refused
+    before weights are read."""
+    model = small(name)
+    with pytest.raises(ValueError, match=message):
+        sample(model, beside)
+    assert model.placement._held is None
+
+
+def test_a_picture_for_ti2v_beside_the_prompt(sample, small):
+    """Promise: TI2V takes its picture in the latent; beside the prompt it is refused with the node to use."""
+    beside = {"concat_latent_image": torch.zeros(1, 48, 2, 4, 4), "concat_mask": torch.ones(1, 1, 2, 4, 4)}
+    with pytest.raises(ValueError, match="for TI2V 5B: Wan Image Latent"):
+        sample(small("ti2v"), beside)
+
+
+def test_no_clip_output_where_the_model_takes_one(sample, listed, caplog):
+    """Promise: without CLIP features the model's attention to them is left out, and the log says so; so is a model
+    without any picture."""
+    model = listed("model")
+    assert sample(model, picture()).isfinite().all()
+    assert "Nano I2V is given no CLIP vision features; its attention to the picture is left out" in caplog.text
+    assert "no start or end image" not in caplog.text
+    caplog.clear()
+    sample(model, {**picture(), **CLIP})
+    assert not caplog.records
+    assert sample(model, CLIP).isfinite().all()
+    assert "Nano I2V is given no start or end image; it makes one up" in caplog.text
+
+
+def test_a_clip_output_where_the_model_takes_none(sample, small, caplog):
+    """Promise: as Wan 2.2 I2V, which has no CLIP features: they are left out, the log says so, the result is the same."""
+    model = small("i2v")
+    with_output = sample(model, {**picture(), **CLIP})
+    assert "positive carries a CLIP vision output, and Small I2V takes none; it is left out" in caplog.text
+    assert torch.equal(with_output, sample(model, picture()))
+
+
+def test_vace_weights_without_a_control(sample, call, nano, workspace, caplog):
+    """Promise: a model with a VACE module and no control is the text-to-video model, bit for bit, and the log says so."""
+    folder = workspace / "models" / "diffusion_models"
+    folder.mkdir(parents=True)
+    write_halves(workspace / "unused.safetensors", folder / "module.safetensors", TRANSFORMERS["nano_vace"])
+    joined, = call("WanCoreVaceModule", model=nano["model"], module="module.safetensors")
+    with caplog.at_level(logging.INFO):
+        result = sample(joined)
+    assert "Nano T2V with VACE is given no VACE control; it works as the text-to-video model" in caplog.text
+    assert torch.equal(result, sample(nano["model"]))
+
+
+@pytest.mark.parametrize(("mask", "changes", "message"), [
+    (torch.ones(1, 4, 4), {"add_noise": False}, "a mask of what is kept needs noise to be added in the same run"),
+    (torch.ones(3, 1, 2, 4, 4), {}, "there are 3 noise masks and 1 videos in the latent"),
+    (torch.ones(0, 4, 4), {}, r"the noise mask has shape \[0, 4, 4\]"),
+])
+def test_noise_masks_that_cannot_be_used(sample, small, mask, changes, message):
+    """Promise: a mask with latents whose noise is not known (but for TI2V), or for another batch, is refused."""
+    model = small("t2v")
+    with pytest.raises(ValueError, match=message):
+        sample(model, latent={"samples": torch.ones(1, 16, 2, 4, 4), "noise_mask": mask}, **changes)
+    assert model.placement._held is None
+    if "add_noise" in changes:
+        latent = {"samples": torch.ones(1, 48, 2, 4, 4), "noise_mask": mask}
+        assert sample(small("ti2v"), latent=latent, **changes).isfinite().all()
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({}, "neither a start nor an end image was given"),
+    ({"start_image": torch.zeros(4, 32, 32, 3), "end_image": torch.zeros(2, 32, 32, 3)},
+     "4 start and 2 end frames do not fit into a clip of 5 frames"),
+    ({"end_image": torch.zeros(6, 32, 32, 3)}, "0 start and 6 end frames do not fit"),
+    ({"start_image": torch.zeros(32, 32, 3)}, r"the image has shape \[32, 32, 3\]; expected pictures"),
+    ({"start_image": torch.zeros(1, 32, 32, 1)}, "expected pictures"),
+    ({"width": 40}, "width is 40 pixels; it must be a multiple of 16"),
+    ({"length": 6}, "frames is 6; it must be 4n"),
+    ({"vae": SimpleNamespace(latent_channels=4)}, "the VAE has 4 latent channels.*Connect Wan VAE Loader"),
+])
+def test_image_to_video_refuses(call, nano, changes, message):
+    """Promise: no picture, pictures without room or of an odd form, sizes off the grid, another VAE."""
+    inputs = {"positive": nano["positive"], "negative": nano["negative"], "vae": nano["vae"], "width": 32, "height": 32,
+              "length": 5, **changes}
+    with pytest.raises(ValueError, match=message):
+        call("WanCoreImageToVideo", **inputs)
+
+
+@pytest.mark.parametrize(("node", "changes", "message"), [
+    ("WanCoreImageLatent", {"start_image": torch.zeros(6, 32, 32, 3)}, "6 start frames do not fit into a clip of 5"),
+    ("WanCoreImageLatent", {"start_image": torch.zeros(32, 32, 3)}, "expected pictures"),
+    ("WanCoreImageLatent", {"height": 40}, "height is 40 pixels"),
+    ("WanCoreVace", {"control_masks": torch.zeros(1, 5, 32, 32)}, r"the masks have shape \[1, 5, 32, 32\]"),
+    ("WanCoreVace", {"control_masks": torch.zeros(0, 32, 32)}, r"the masks have shape \[0, 32, 32\]"),
+    ("WanCoreVace", {"control_video": torch.zeros(5, 32, 32)}, "expected pictures"),
+    ("WanCoreVace", {"reference_image": torch.zeros(1, 32, 32, 2)}, "expected pictures"),
+    ("WanCoreVace", {"length": 4}, "frames is 4"),
+    ("WanCoreVace", {"vae": SimpleNamespace(latent_channels=8)}, "the VAE has 8 latent channels"),
+])
+def test_latent_and_control_nodes_refuse(call, nano, node, changes, message):
+    """Promise: what cannot be a start, a control or a mask is an error that shows its shape."""
+    prompts = {} if node == "WanCoreImageLatent" else {"positive": nano["positive"], "negative": nano["negative"]}
+    with pytest.raises(ValueError, match=message):
+        call(node, **{"vae": nano["vae"], "width": 32, "height": 32, "length": 5, **prompts, **changes})
+
+
+def test_a_range_that_ends_before_it_starts(call, nano, sample, small):
+    """Promise: a VACE control from late to early is refused by the sampler."""
+    positive, negative, latent, _ = call(
+        "WanCoreVace", positive=nano["positive"], negative=nano["negative"], vae=nano["vae"], width=32, height=32,
+        length=5, start_percent=0.8, end_percent=0.3)
+    with pytest.raises(ValueError, match="a VACE control is active from 80% to 30% of the run"):
+        call("WanCoreSampler", model=small("vace"), positive=positive, negative=negative, latent=latent)
+
+
+def test_sizes_need_a_picture(call):
+    """Promise: a mask has no size to offer, and is refused by its shape."""
+    with pytest.raises(ValueError, match=r"the image has shape \[1, 64, 64\]"):
+        call("WanCoreVideoSize", image=torch.zeros(1, 64, 64))
+
+
+def test_modules_that_do_not_belong(call, nano, workspace):
+    """Promise: a file that is no VACE module, or one for another model, and a second one for a single model."""
+    folder = workspace / "models" / "diffusion_models"
+    folder.mkdir(parents=True)
+    write_transformer(folder / "whole.safetensors", spec=SMALL["vace"])
+    write_halves(workspace / "unused.safetensors", folder / "module.safetensors", TRANSFORMERS["nano_vace"])
+    for changes, message in (({"module": "whole.safetensors"}, "whole.safetensors seems to be .* a whole VACE model is"),
+                             ({"module": "nano/wan_nano_t2v.safetensors"}, "wan_nano_t2v.safetensors seems to be"),
+                             ({"module": "absent.safetensors"}, "there is no 'absent.safetensors'"),
+                             ({"module": "module.safetensors", "module_low": "module.safetensors"},
+                              "a second VACE module was given, and Nano T2V is a single model")):
+        with pytest.raises(ValueError, match=message):
+            call("WanCoreVaceModule", model=nano["model"], **changes)
+
+
+def test_trimming_leaves_a_frame(call, nano):
+    """Promise: Wan Decode refuses to trim away everything, with both numbers."""
+    with pytest.raises(ValueError, match="trim_latent is 2, and the latent has 2 frames; at least one must be left"):
+        call("WanCoreDecode", samples={"samples": torch.zeros(1, 16, 2, 4, 4)}, vae=nano["vae"], trim_latent=2)
 
 
 def test_decode_refuses_another_familys_vae(call, nano):

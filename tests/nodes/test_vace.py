@@ -117,20 +117,20 @@ def test_controls_of_other_nodes_in_the_chain(control):
 
 def test_strength_and_range_reach_the_run(control, sample):
     """Promise: the control changes the result; strength 0, or a range that holds no step, is as good as none; a chain
-    of the same control twice at half strength is about that control, and half a range lies between."""
+    of the same control twice at half strength is that control, and half a range is something else again."""
     def run(**changes):
         positive, negative, latent, _ = control(control_video=video(), **changes)
         return sample(positive, negative, latent, steps=4)
 
-    free, full = sample(steps=4), run(); print("DIFF", (full-free).abs().max())
-    assert (full - free).abs().max() > 1e-3
+    free, full = sample(steps=4), run()
+    assert (full - free).abs().max() > 0.1
     assert torch.equal(run(strength=0.0), free)
     assert torch.equal(run(start_percent=1.0, end_percent=1.0), free)
     half = run(end_percent=0.5)
     assert not torch.equal(half, full) and not torch.equal(half, free)
     halves = control(control_video=video(), strength=0.5)
     chained = control(positive=halves[0], negative=halves[1], control_video=video(), strength=0.5)
-    print("CH", (sample(*chained[:3], steps=4)-full).abs().max())
+    torch.testing.assert_close(sample(*chained[:3], steps=4), full, atol=1e-3, rtol=0)
 
 
 def test_conditioning_of_the_cores_node(control, sample, nano):
