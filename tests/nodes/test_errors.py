@@ -136,7 +136,7 @@ def test_no_clip_output_where_the_model_takes_one(sample, listed, caplog):
 
 
 def test_a_clip_output_where_the_model_takes_none(sample, small, caplog):
-    """Promise: as Wan 2.2 I2V, which has no CLIP features: they are left out, the log says so, the result is the same."""
+    """Promise: without a place for CLIP features, as in Wan 2.2 I2V, they are left out, and the log says so."""
     model = small("i2v")
     with_output = sample(model, {**picture(), **CLIP})
     assert "positive carries a CLIP vision output, and Small I2V takes none; it is left out" in caplog.text
@@ -144,7 +144,7 @@ def test_a_clip_output_where_the_model_takes_none(sample, small, caplog):
 
 
 def test_vace_weights_without_a_control(sample, call, nano, workspace, caplog):
-    """Promise: a model with a VACE module and no control is the text-to-video model, bit for bit, and the log says so."""
+    """Promise: a model with a VACE module and no control is the text-to-video model, bit for bit; the log says so."""
     folder = workspace / "models" / "diffusion_models"
     folder.mkdir(parents=True)
     write_halves(workspace / "unused.safetensors", folder / "module.safetensors", TRANSFORMERS["nano_vace"])
@@ -229,7 +229,7 @@ def test_modules_that_do_not_belong(call, nano, workspace):
     folder.mkdir(parents=True)
     write_transformer(folder / "whole.safetensors", spec=SMALL["vace"])
     write_halves(workspace / "unused.safetensors", folder / "module.safetensors", TRANSFORMERS["nano_vace"])
-    for changes, message in (({"module": "whole.safetensors"}, "whole.safetensors seems to be .* a whole VACE model is"),
+    for changes, message in (({"module": "whole.safetensors"}, "whole.safetensors seems to be .* whole VACE model is"),
                              ({"module": "nano/wan_nano_t2v.safetensors"}, "wan_nano_t2v.safetensors seems to be"),
                              ({"module": "absent.safetensors"}, "there is no 'absent.safetensors'"),
                              ({"module": "module.safetensors", "module_low": "module.safetensors"},
