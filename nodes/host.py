@@ -46,10 +46,10 @@ except ModuleNotFoundError as missing:
 log = logging.getLogger(__name__)
 
 BUNDLED = {
-    "diffusion_models": nano.TRANSFORMERS,
+    "diffusion_models": (*nano.TRANSFORMERS, nano.VACE_MODULE),
     "text_encoders": (nano.TEXT_ENCODER,),
     "vae": (nano.VAE,),
-    "clip_vision": (),
+    "clip_vision": (nano.CLIP_VISION,),
 }
 
 Handle = TypeVar("Handle", Model, TextEncoder, VisionEncoder, VideoVAE)

@@ -83,10 +83,10 @@ class WanCoreExpertPairLoader:
         names = HOST.model_names("diffusion_models")
         return {"required": {
             "high_noise": (names, {
-                "default": _first_with("high_noise", names),
+                "default": first_with("high_noise", names),
                 "tooltip": "The expert that lays out the video, at high noise (...high_noise...)."}),
             "low_noise": (names, {
-                "default": _first_with("low_noise", names),
+                "default": first_with("low_noise", names),
                 "tooltip": "The expert that draws the detail, at low noise (...low_noise...)."}),
             "precision": PRECISION,
             "attention": ATTENTION,
@@ -154,7 +154,8 @@ class WanCoreCLIPVisionLoader:
     def INPUT_TYPES(cls) -> dict:
         return {"required": {
             "clip_vision": (HOST.model_names("clip_vision"), {
-                "tooltip": "A file in models/clip_vision: clip_vision_h, or the official models_clip file."}),
+                "tooltip": "A file in models/clip_vision: clip_vision_h, or the official models_clip file; the nano "
+                           "encoder for nano I2V."}),
             "precision": PRECISION,
         }}
 
@@ -207,5 +208,6 @@ class WanCoreVAELoader:
                                   tiling=tiling)),)
 
 
-def _first_with(part: str, names: list[str]) -> str:
+def first_with(part: str, names: list[str]) -> str:
+    """The first of a list widget's names that contains `part`; the bundled models see to it that there is one."""
     return next(name for name in names if part in name)

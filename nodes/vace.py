@@ -15,6 +15,7 @@ from .conditioning import VACE_PERCENTS
 from .host import HOST
 from .image import FIT, encoder, grid_of, pictures
 from .latent import size_widgets
+from .loaders import first_with
 from .sockets import ComfyVAE
 
 
@@ -104,7 +105,10 @@ class WanCoreVaceModule:
         names = HOST.model_names("diffusion_models")
         return {"required": {
             "model": ("WAN_MODEL", {"tooltip": "A text-to-video model, or an expert pair."}),
-            "module": (names, {"tooltip": "The VACE module; with an expert pair, that of the high-noise expert."}),
+            "module": (names, {
+                "default": first_with("vace", names),
+                "tooltip": "The VACE module, the bundled one for the nano model; with an expert pair, that of the "
+                           "high-noise expert."}),
             "module_low": (["same", *names], {
                 "default": "same",
                 "tooltip": "Expert pairs only: the module of the low-noise expert. same: one module for both."}),
