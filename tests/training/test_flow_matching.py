@@ -203,3 +203,20 @@ def test_loss_reaches_the_model():
                               torch.ones(3))
     loss.backward()
     assert loss.dtype == torch.float32 and gain.grad != 0
+
+
+def test_known_frames_are_shown_clean_and_do_not_count():
+    """Known frames enter as they are at timestep 0, and what is predicted for them costs nothing."""
+    clean, noise = clips()
+    known = torch.tensor([[True, False], [False, False], [True, False]])
+
+    def exact_elsewhere(noisy, timesteps):
+        torch.testing.assert_close(timesteps, torch.tensor([[0.0, 250.0], [500.0, 500.0], [0.0, 1000.0]]))
+        torch.testing.assert_close(noisy[0, :, 0], clean[0, :, 0])
+        torch.testing.assert_close(noisy[1], (clean[1] + noise[1]) / 2)
+        return noise - clean + known[:, None, :, None, None] * 7.0
+
+    sigmas = torch.tensor([0.25, 0.5, 1.0])
+    assert flow_matching_loss(exact_elsewhere, clean, noise, sigmas, torch.ones(3), known) == 0
+    off = flow_matching_loss(lambda noisy, timesteps: noise - clean + 1, clean, noise, sigmas, torch.ones(3), known)
+    assert off.item() == pytest.approx(1, rel=1e-5)

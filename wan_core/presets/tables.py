@@ -68,6 +68,7 @@ TRANSFORMERS = MappingProxyType({
     "wan22_animate_14b": replace(_I2V_14B, model_type="animate"),
     "nano_t2v": _NANO_T2V,
     "nano_i2v": replace(_NANO_T2V, model_type="i2v", num_layers=4, in_dim=36, image_dim=64, image_tokens=17),
+    "nano_ti2v": replace(_NANO_T2V, model_type="ti2v", ffn_dim=256, num_layers=4, in_dim=48, out_dim=48),
     "nano_vace": replace(_NANO_T2V, model_type="vace", vace_layers=(0, 3), vace_in_dim=96),
 })
 
@@ -152,6 +153,8 @@ PRESETS = MappingProxyType({preset.name: preset for preset in (
             sampling=replace(_WAN21, steps=20, guidance_low=1.0, guidance_high=1.0, fps=30, frames=77)),
     _NANO_PRESET,
     replace(_NANO_PRESET, name="nano_i2v", title="Nano I2V", transformer="nano_i2v", clip_vision="nano_clip"),
+    replace(_NANO_PRESET, name="nano_ti2v", title="Nano TI2V", transformer="nano_ti2v", vae="nano_vae22",
+            sampling=replace(_NANO, width=128, height=128)),
     replace(_NANO_PRESET, name="nano_t2v_a", title="Nano T2V, expert pair", experts=True,
             sampling=replace(_NANO, boundary=0.875)),
 )})

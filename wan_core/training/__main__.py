@@ -1,7 +1,8 @@
-"""Train and measure the nano family: `python -m wan_core.training vae | vae22 | t2v | experts | i2v | vace | evaluate`.
+"""Train and measure the nano family: `python -m wan_core.training vae | vae22 | t2v | experts | i2v | ti2v | vace |
+evaluate`.
 
-Each step reads what the one before it wrote into the output folder (the pack's own `wan_core/nano` by default), so the
-whole family is `vae`, `vae22`, `t2v`, `experts`, `i2v`, then `vace`. A run that was stopped goes on where it was.
+Each part reads what those before it wrote into `wan_core/nano`, so the whole family is trained in this order. A run
+that was stopped goes on where it was.
 """
 
 import argparse
@@ -9,26 +10,26 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .. import nano
-from ..memory import OneAtATime
-from ..models import load_experts, load_model, load_text_encoder, load_vae
+from ..models import add_vace, load_clip_vision, load_experts, load_model, load_text_encoder, load_vae
 from ..presets import PRESETS, TEXT_ENCODERS
 from ..text import Tokenizer
 from ..weights import load_module, save_weights
 from .clips import Clips
-from .evaluate import report
+from .evaluate import evaluate, evaluate_inpainting, evaluate_pictures
 from .loop import NanoTraining
 from .nano_i2v import KnownClips, train_i2v
 from .nano_t2v import TextToVideo, expert_options, train_expert, train_t2v
+from .nano_ti2v import train_ti2v
 from .nano_tokenizer import train_tokenizer
 from .nano_vace import ControlledClips, train_vace
-from .nano_vae import VAE_TRAININGS, train_vae
+from .nano_vae import VAE_TRAININGS, reconstruction_psnr, train_vae
 from .shapes import all_prompts
 
 log = logging.getLogger(__name__)
@@ -36,15 +37,15 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m wan_core.training", description=__doc__)
-    parser.add_argument("part", choices=("vae", "vae22", "t2v", "experts", "i2v", "vace", "evaluate"))
+    parser.add_argument("part", choices=("vae", "vae22", "t2v", "experts", "i2v", "ti2v", "vace", "evaluate"))
     parser.add_argument("--run", type=Path, default=Path("out/nano"), help="folder for states and logs")
     parser.add_argument("--steps", type=int, help="training steps (default: those of the shipped models)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
-    {"vae": _vae, "vae22": _vae, "t2v": _t2v, "experts": _experts, "i2v": _i2v, "vace": _vace,
-     "evaluate": _evaluate}[options.part](options)
+    {"vae": _vae, "vae22": _vae, "t2v": _t2v, "experts": _experts, "i2v": _i2v, "ti2v": _ti2v,
+     "vace": _vace, "evaluate": _evaluate}[options.part](options)
 
 
 def _vae(options: argparse.Namespace) -> None:
@@ -88,11 +89,19 @@ def _i2v(options: argparse.Namespace) -> None:
     training = NanoTraining(steps=options.steps or 2500)
     clips = Clips(vae, text_encoder.tokenizer, training, options.run / "latents.pt")
     known = KnownClips(vae, clips, training, options.run / "known.pt")
-    t2v = {name: tensor.float() for name, tensor in load_model().low.file.items()}
-    model = train_i2v(training, clips, known, text_encoder.module(), t2v, options.run)
+    model = train_i2v(training, clips, known, text_encoder.module(), _trained_t2v(), options.run)
     _save(nano.I2V, model.transformer.state_dict(), "wan_nano_i2v")
     _save(nano.CLIP_VISION, model.vision.state_dict(), "wan_nano_clip_vision")
     _keep_log(options.run / "i2v.csv")
+
+
+def _ti2v(options: argparse.Namespace) -> None:
+    vae, text_encoder = load_vae(nano.VAE22).module(), load_text_encoder()
+    training = NanoTraining(steps=options.steps or 3000)
+    clips = Clips(vae, text_encoder.tokenizer, training, options.run / "ti2v_latents.pt")
+    model = train_ti2v(training, clips, text_encoder.module(), _trained_t2v(), options.run)
+    _save(nano.TI2V, model.state_dict(), "wan_nano_ti2v")
+    _keep_log(options.run / "ti2v.csv")
 
 
 def _vace(options: argparse.Namespace) -> None:
@@ -100,16 +109,29 @@ def _vace(options: argparse.Namespace) -> None:
     training = NanoTraining(steps=options.steps or 2000, clips=2048)
     clips = Clips(vae, text_encoder.tokenizer, training, options.run / "vace_latents.pt")
     controlled = ControlledClips(vae, clips, training, options.run / "controls.pt")
-    t2v = {name: tensor.float() for name, tensor in load_model().low.file.items()}
-    module = train_vace(training, clips, controlled, text_encoder.module(), t2v, options.run)
+    module = train_vace(training, clips, controlled, text_encoder.module(), _trained_t2v(), options.run)
     _save(nano.VACE_MODULE, module, "wan_nano_vace_module")
     _keep_log(options.run / "vace.csv")
 
 
+def _trained_t2v() -> dict[str, Tensor]:
+    return {name: tensor.float() for name, tensor in load_model().low.file.items()}
+
+
 def _evaluate(options: argparse.Namespace) -> None:
-    placement = OneAtATime("cpu")
-    figures = report(load_model(placement=placement), load_experts(placement=placement), load_vae(),
-                     load_text_encoder())
+    """Write figures.json: the VAEs on 32 whole clips, and each model on 64 held-out prompts."""
+    vae, vae22, text_encoder, single = load_vae(), load_vae(nano.VAE22), load_text_encoder(), load_model()
+    figures: dict[str, object] = {"vae_psnr_db": round(reconstruction_psnr(vae.module(), 32), 2),
+                                  "vae22_psnr_db": round(reconstruction_psnr(vae22.module(), 32), 2)}
+    for name, model in (("t2v", single), ("t2v_experts", load_experts())):
+        figures[name] = asdict(evaluate(model, vae, text_encoder))
+        figures[f"{name}_without_guidance"] = asdict(evaluate(model, vae, text_encoder, guidance=(1.0, 1.0)))
+    ti2v = load_model("nano-ti2v")
+    figures["ti2v"] = asdict(evaluate(ti2v, vae22, text_encoder))
+    figures["ti2v_first_frame"] = asdict(evaluate_pictures(ti2v, vae22, text_encoder))
+    figures["i2v_first_frame"] = asdict(
+        evaluate_pictures(load_model("nano-i2v"), vae, text_encoder, load_clip_vision()))
+    figures["vace_inpainting"] = asdict(evaluate_inpainting(add_vace(single, "nano"), vae, text_encoder))
     text = json.dumps(figures, indent=2)
     (nano.VAE.parent / "figures.json").write_text(text + "\n")
     log.info("%s", text)

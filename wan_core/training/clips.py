@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from ..text import Tokenizer, UMT5Encoder
 from ..vae import LatentStats, WanVAE
 from .loop import NanoTraining
+from .nano_vae import LATENT_SIDE
 from .shapes import WORDINGS, Scene, caption, held_out, render, sample_scene
 
 # Captions end long before this; shorter than the model's 512 so that training batches stay small.
@@ -44,7 +45,9 @@ class Clips:
         else:
             stats = LatentStats.of(vae.spec)
             groups = [self.scenes[i:i + _BATCH] for i in range(0, len(self.scenes), _BATCH)]
-            self._latents = torch.cat([stats.normalise(vae.encode(render(group))).half() for group in groups])
+            side = LATENT_SIDE * vae.spec.spatial_stride
+            self._latents = torch.cat([stats.normalise(vae.encode(render(group, side=side))).half()
+                                       for group in groups])
             torch.save(self._latents, cache)
 
     def draw(self, count: int, generator: Generator, among: Tensor | None = None) -> Captioned:

@@ -1,21 +1,25 @@
-"""How well the nano models do what a prompt says, measured on the pixels of held-out prompts with fixed seeds.
+"""How well the nano models do what a prompt and a picture say, measured on pixels of held-out prompts and fixed seeds.
 
 Each prompt is sampled with the preset's settings and its own seed, decoded and looked at by `score`, which knows
-nothing of the prompt. The VAE is measured on whole clips outside its training stream.
+nothing of the prompt.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from ..conditioning import TextCondition
-from ..models import Model, TextEncoder, VideoVAE
-from ..pipeline import initial_noise, latent_shape, sample
-from ..sampling import Conditions, Guidance, make_schedule
-from .nano_vae import reconstruction_psnr
-from .score import agreement, score
-from .shapes import Scene, caption, held_out_scenes
+from ..models import Model, TextEncoder, VideoVAE, VisionEncoder
+from ..pipeline import generate, initial_noise, latent_shape, sample
+from ..sampling import Conditions, Guidance, Schedule, make_schedule
+from ..visuals import Visuals
+from .nano_vace import box_mask
+from .score import Observation, agreement, score
+from .shapes import COLOURS, SIZE, Scene, caption, coverage, held_out_scenes, render
 
 BATCH = 16
 
@@ -41,23 +45,86 @@ def evaluate(model: Model, vae: VideoVAE, text_encoder: TextEncoder, *, guidance
     observations = []
     for start in range(0, prompts, BATCH):
         for clip in _clips(model, vae, text_encoder, scenes[start:start + BATCH], start, schedule, guidance):
-            observations.append(score(clip))
+            observations.append(_seen(clip))
+    return Evaluation(guidance, prompts, *_percentages(observations, scenes))
+
+
+@dataclass(frozen=True)
+class PictureEvaluation(Evaluation):
+    """The same for clips that begin with a given picture, and how near their first frame is to it (mean, in dB)."""
+
+    first_frame_psnr_db: float
+
+
+def evaluate_pictures(model: Model, vae: VideoVAE, text_encoder: TextEncoder, clip_vision: VisionEncoder | None = None,
+                      *, prompts: int = 64) -> PictureEvaluation:
+    """Scores over held-out scenes of which the first frame is given."""
+    defaults = model.preset.sampling
+    scenes, observations, psnr = held_out_scenes(prompts), [], []
+    for seed, scene in enumerate(scenes):
+        start = render([scene], side=defaults.width)[0, :, :1].movedim(1, 0)
+        clip = _made(caption(scene), Visuals(start=start), seed, model, vae, text_encoder, clip_vision)
+        observations.append(_seen(clip))
+        psnr.append(_psnr(clip[:, :1], start.movedim(1, 0)))
+    return PictureEvaluation((defaults.guidance_high, defaults.guidance_low), prompts,
+                             *_percentages(observations, scenes), round(sum(psnr) / prompts, 2))
+
+
+@dataclass(frozen=True)
+class InpaintingEvaluation(Evaluation):
+    """The same for clips of which a box is made anew, and how near all outside of it stays to the given clip, in dB."""
+
+    unmasked_psnr_db: float
+
+
+def evaluate_inpainting(model: Model, vae: VideoVAE, text_encoder: TextEncoder, *,
+                        prompts: int = 64) -> InpaintingEvaluation:
+    """Scores of a VACE model over held-out scenes that are repainted in part.
+
+    Where the box covers all of the shape's way the prompt asks for another colour in it; elsewhere for what is there.
+    """
+    defaults, generator = model.preset.sampling, torch.Generator().manual_seed(0)
+    scenes, observations, psnr = [], [], []
+    for seed, scene in enumerate(held_out_scenes(prompts)):
+        clip, mask = render([scene])[0], box_mask(scene, generator)
+        if not (coverage([scene])[0] * (1 - mask)).any():
+            colours = tuple(COLOURS)
+            scene = replace(scene, colour=colours[(colours.index(scene.colour) + len(colours) // 2) % len(colours)])
+        visuals = Visuals(control=(clip * (1 - mask)).movedim(1, 0), mask=mask.movedim(1, 0))
+        made = _made(caption(scene), visuals, seed, model, vae, text_encoder)
+        scenes.append(scene)
+        observations.append(_seen(made))
+        psnr.append(_psnr(made, clip, 1 - mask))
+    return InpaintingEvaluation((defaults.guidance_high, defaults.guidance_low), prompts,
+                                *_percentages(observations, scenes), round(sum(psnr) / prompts, 2))
+
+
+def _made(prompt: str, visuals: Visuals, seed: int, model: Model, vae: VideoVAE, text_encoder: TextEncoder,
+          clip_vision: VisionEncoder | None = None) -> Tensor:
+    """A clip [3, F, H, W] in [-1, 1] as a user gets it, but for the file's compression."""
+    video = generate(prompt, model=model, vae=vae, text_encoder=text_encoder, clip_vision=clip_vision,
+                     visuals=visuals, seed=seed)
+    return video.frames.movedim(-1, 0) / 127.5 - 1
+
+
+def _seen(clip: Tensor) -> Observation:
+    """What a clip of any size shows; `score` counts in pixels of the size that scenes are described in."""
+    return score(F.interpolate(clip.movedim(1, 0), (SIZE, SIZE), mode="area").movedim(0, 1))
+
+
+def _percentages(observations: Sequence[Observation], scenes: Sequence[Scene]) -> tuple[float, float, float]:
     scores = agreement(observations, scenes)
-    return Evaluation(guidance, prompts, *(round(100 * part, 1) for part in
-                                           (scores.colour, scores.direction, scores.shape)))
+    return tuple(round(100 * part, 1) for part in (scores.colour, scores.direction, scores.shape))
 
 
-def report(model: Model, experts: Model, vae: VideoVAE, text_encoder: TextEncoder) -> dict[str, object]:
-    """All figures of the nano family: the VAE, and single model and expert pair with guidance and without."""
-    figures: dict[str, object] = {"vae_psnr_db": round(reconstruction_psnr(vae.module(), 32), 2)}
-    for name, which in (("t2v", model), ("t2v_experts", experts)):
-        figures[name] = asdict(evaluate(which, vae, text_encoder))
-        figures[f"{name}_without_guidance"] = asdict(evaluate(which, vae, text_encoder, guidance=(1.0, 1.0)))
-    return figures
+def _psnr(made: Tensor, given: Tensor, weight: Tensor | float = 1.0) -> float:
+    """PSNR in dB (peak to peak 2) of the pixels that `weight` [1, F, H, W] counts."""
+    weight = torch.as_tensor(weight).expand_as(given)
+    return 10 * math.log10(4 / (((made - given).square() * weight).sum() / weight.sum()).item())
 
 
 def _clips(model: Model, vae: VideoVAE, text_encoder: TextEncoder, scenes: Sequence[Scene], first_seed: int,
-           schedule, guidance: tuple[float, float]) -> torch.Tensor:
+           schedule: Schedule, guidance: tuple[float, float]) -> Tensor:
     """Pixels [len(scenes), 3, F, H, W] of a batch of prompts, seeded first_seed, first_seed + 1, ..."""
     defaults = model.preset.sampling
     shape = latent_shape(model.vae_spec, defaults.width, defaults.height, defaults.frames)

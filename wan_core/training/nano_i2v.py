@@ -17,6 +17,7 @@ from ..presets import CLIP_VISION, TRANSFORMERS
 from ..text import UMT5Encoder
 from ..vae import LatentStats, WanVAE
 from ..vision import CLIPVision, preprocess
+from .begin import begin_from
 from .clips import Captioned, Clips, embed
 from .flow_matching import flow_matching_loss
 from .loop import NanoTraining, noise_like, train
@@ -39,22 +40,15 @@ class ImageToVideo(nn.Module):
         self.transformer = WanTransformer(TRANSFORMERS["nano_i2v"])
         self.transformer.init_weights()
 
+    @torch.no_grad()
     def begin_from(self, t2v: Mapping[str, Tensor]) -> None:
         """Take over the weights of a text-to-video transformer; new channels and image attention start at zero."""
-        own = self.transformer.state_dict()
-        for name, target in own.items():
-            source = name
-            for index, block in enumerate(_BLOCKS):
-                if name.startswith(f"blocks.{index}."):
-                    source = name.replace(f"blocks.{index}.", f"blocks.{block}.", 1)
-            if name == "patch_embedding.weight":
-                target.zero_()
-                target[:, :t2v[source].shape[1]] = t2v[source]
-            elif source in t2v:
-                target.copy_(t2v[source])
-            elif ".v_img." in name:
-                target.zero_()
-        self.transformer.load_state_dict(own)
+        begin_from(self.transformer, t2v, _BLOCKS)
+        patches, video = self.transformer.patch_embedding.weight.zero_(), t2v["patch_embedding.weight"]
+        patches[:, :video.shape[1]] = video
+        for name, parameter in self.transformer.named_parameters():
+            if ".v_img." in name:
+                parameter.zero_()
 
     def forward(self, noisy: Tensor, timesteps: Tensor, channels: Tensor, pictures: Tensor, context: Tensor) -> Tensor:
         """`pictures` [B, P, 3, S, S] preprocessed, `context` [B, N, text_dim]; the others as the transformer's."""
