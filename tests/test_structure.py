@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "weights": {"presets", "dit", "vae", "text", "vision"},
     "models": {"dit", "memory", "nano", "presets", "text", "vae", "vision", "weights"},
     "training": {"conditioning", "dit", "memory", "models", "nano", "pipeline", "presets", "sampling", "text", "vae",
-                 "video", "vision", "weights"},
+                 "video", "vision", "visuals", "weights"},
     "visuals": {"conditioning", "models"},
     "pipeline": {"conditioning", "memory", "models", "nano", "presets", "sampling", "video", "visuals"},
     "__init__": {"models", "pipeline"},

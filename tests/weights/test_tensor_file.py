@@ -177,7 +177,6 @@ FOREIGN = {
     "empty": (b"", "is empty"),
     "html": (b"<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
     "html with space": (b"\n  <html>", "web page"),
-    "gguf": (b"GGUF\x03\0\0\0" + b"\0" * 64, "GGUF"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
     "json": (b'{"architectures": ["X"]}', "JSON"),
     "text": (b"hello, this is no model at all", "neither a safetensors"),

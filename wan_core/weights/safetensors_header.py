@@ -34,6 +34,10 @@ class HeaderError(ValueError):
     """The header is damaged or not one; the text completes "this file ..."."""
 
 
+class UnreadableType(HeaderError):
+    """The file is whole and holds a type of numbers that this version has no reader for."""
+
+
 def looks_like_header(start: bytes, file_size: int) -> bool:
     """Whether the first bytes of a file can be those of a safetensors file, be it a truncated one."""
     return (len(start) >= 9 and start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") <= MAX_HEADER
@@ -74,7 +78,7 @@ def _entry(name: str, value: object) -> Entry:
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     dtype = getattr(torch, DTYPES.get(code, ""), None) if isinstance(code, str) else None
     if dtype is None:
-        raise HeaderError(f"holds the tensor {name!r} of type {code!r}, which this version cannot read")
+        raise UnreadableType(f"holds the tensor {name!r} of type {code!r}, which this version cannot read")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise HeaderError(f"has a header entry {name!r} with an impossible shape or offsets")
     if offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:

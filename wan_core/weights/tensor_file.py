@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from .errors import LoadError, first_few, human_size
-from .safetensors_header import Entry, HeaderError, looks_like_header, parse_header
+from .gguf_file import GGUFContents
+from .gguf_header import MAGIC
+from .quantised import Quantised, dense
+from .safetensors_header import Entry, HeaderError, UnreadableType, looks_like_header, parse_header
 
 _AGAIN = "Download it again."
 
 # What people do open by mistake: first bytes -> (what it is, what to do). Compared in lower case.
 _FOREIGN = (
-    (b"gguf", "is a GGUF file, which this version cannot open", "Use the safetensors file of the model."),
     (b"version https://git-lfs", "is a Git LFS pointer and not the file it stands for",
      "Fetch the file itself (git lfs pull) or download it from its page."),
     (b"<", "is a web page, probably a download that ended in a login or error page", _AGAIN),
@@ -39,26 +41,31 @@ class Joined:
     names: tuple[str, ...]
     layout: Callable[[Tensor], Tensor] | None = None
 
-    def read(self, read: Callable[[str], Tensor]) -> Tensor:
-        """The tensor, from a function that gives each of `names`. A single one is not copied."""
-        whole = torch.cat([read(name) for name in self.names]) if len(self.names) > 1 else read(self.names[0])
+    def read(self, read: Callable[[str], Tensor | Quantised]) -> Tensor:
+        """The tensor, from a function that gives each of `names`. A single one that is not quantised is not copied."""
+        parts = [dense(read(name)) for name in self.names]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
         return self.layout(whole) if self.layout else whole
 
 
-class TensorFile(Mapping[str, Tensor]):
+class TensorFile(Mapping[str, Tensor | Quantised]):
     """An open checkpoint: a read-only mapping from tensor name to tensor (CPU, the file's own type).
 
-    `path`, `format` ('safetensors' or 'torch'), `metadata` (table of strings) and `nbytes` (size of the file) describe
-    it. Taking a tensor reads nothing; its bytes are read when they are used. Tensors stay valid after `close`.
+    `path`, `format` ('safetensors', 'gguf' or 'torch'), `metadata` (table of strings) and `nbytes` (size of the file)
+    describe it. Taking a tensor reads nothing; its bytes are read when they are used. Tensors stay valid after `close`.
+    Weights of a quantised format come as `Quantised`; `quantised` gives the names of their formats, and `dtypes` the
+    type that they are meant to be computed in.
     """
 
     def __init__(self, path: Path, format: str, metadata: dict[str, str], dtypes: dict[str, torch.dtype],
-                 shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]):
+                 shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor | Quantised],
+                 quantised: Mapping[str, str] | None = None):
         self.path, self.format, self.metadata = path, format, metadata
         self.nbytes = path.stat().st_size
         self._dtypes, self._shapes, self._read = dtypes, shapes, read
+        self.quantised = dict(quantised or {})
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Tensor | Quantised:
         if self._read is None:
             raise ValueError(f"{self.path.name} is closed")
         if name not in self._shapes:
@@ -90,10 +97,12 @@ class TensorFile(Mapping[str, Tensor]):
         A `Joined` in place of a name stands for a tensor that is put together whenever it is asked for.
         Both stay open on their own. Raises LoadError where tensors cannot be joined.
         """
-        read, dtypes, shapes = self._read, {}, {}
+        read, dtypes, shapes, quantised = self._read, {}, {}, {}
         for new, old in mapping.items():
             if isinstance(old, str):
                 dtypes[new], shapes[new] = self._dtypes[old], self._shapes[old]
+                if old in self.quantised:
+                    quantised[new] = self.quantised[old]
                 continue
             # Shape and type of the result, without any data.
             parts = {name: torch.empty(self._shapes[name], dtype=self._dtypes[name], device="meta")
@@ -106,17 +115,18 @@ class TensorFile(Mapping[str, Tensor]):
                                 f"{_AGAIN}") from error
             dtypes[new], shapes[new] = whole.dtype, tuple(whole.shape)
 
-        def read_new(name: str) -> Tensor:
+        def read_new(name: str) -> Tensor | Quantised:
             old = mapping[name]
             return read(old) if isinstance(old, str) else old.read(read)
 
-        return TensorFile(self.path, self.format, self.metadata, dtypes, shapes, read_new)
+        return TensorFile(self.path, self.format, self.metadata, dtypes, shapes, read_new, quantised)
 
     def extended(self, other: "TensorFile") -> "TensorFile":
         """The tensors of this file and of `other`, whose tensors count where both have one; named as this file."""
         both = TensorFile(self.path, self.format, self.metadata, {**self._dtypes, **other._dtypes},
                           {**self._shapes, **other._shapes},
-                          lambda name: other[name] if name in other else self[name])
+                          lambda name: other[name] if name in other else self[name],
+                          {**self.quantised, **other.quantised})
         both.nbytes = self.nbytes + other.nbytes
         return both
 
@@ -132,7 +142,7 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def open_weights(path: str | Path) -> TensorFile:
-    """Opens a safetensors file or a PyTorch file, told apart by content and not by name.
+    """Opens a safetensors, GGUF or PyTorch file, told apart by content and not by name.
 
     Raises LoadError for a missing, empty, truncated, damaged or foreign file.
     """
@@ -155,6 +165,8 @@ def open_weights(path: str | Path) -> TensorFile:
         raise LoadError(f"{path.name} is empty. {_AGAIN}")
     if looks_like_header(start, size):
         return _open_safetensors(path, size)
+    if start.startswith(MAGIC):
+        return _open_gguf(path)
     # Zip archives since PyTorch 1.6, a bare pickle before.
     if start.startswith((b"PK\x03\x04", b"\x80\x02")):
         return _open_torch(path, is_zip=start.startswith(b"PK"))
@@ -162,7 +174,7 @@ def open_weights(path: str | Path) -> TensorFile:
     for magic, what, advice in _FOREIGN:
         if text.startswith(magic):
             raise LoadError(f"{path.name} {what}. {advice}")
-    raise LoadError(f"{path.name} ({human_size(size)}) is neither a safetensors nor a PyTorch file, or its beginning "
+    raise LoadError(f"{path.name} ({human_size(size)}) is neither a safetensors, GGUF nor PyTorch file, or its beginning "
                     "is damaged. Choose a .safetensors file or, if this should be one, download it again.")
 
 
@@ -175,12 +187,28 @@ def _open_safetensors(path: Path, size: int) -> TensorFile:
         try:
             entries, metadata = parse_header(stream.read(length), size - 8 - length)
         except HeaderError as error:
-            raise LoadError(f"{path.name} {error}. {_AGAIN}") from error
+            raise _load_error(path, error) from error
         mapping = _map(path, stream.fileno())
     return TensorFile(
         path, "safetensors", metadata, {name: entry.dtype for name, entry in entries.items()},
         {name: entry.shape for name, entry in entries.items()},
         lambda name: _view(mapping, 8 + length, entries[name]))
+
+
+def _open_gguf(path: Path) -> TensorFile:
+    with path.open("rb") as stream:
+        mapping = _map(path, stream.fileno())
+    try:
+        contents = GGUFContents(mapping)
+    except HeaderError as error:
+        raise _load_error(path, error) from error
+    return TensorFile(path, "gguf", contents.metadata, contents.dtypes, contents.shapes, contents.read,
+                      contents.formats)
+
+
+def _load_error(path: Path, error: HeaderError) -> LoadError:
+    advice = "Use a file of the model in another format." if isinstance(error, UnreadableType) else _AGAIN
+    return LoadError(f"{path.name} {error}. {advice}")
 
 
 def _map(path: Path, descriptor: int) -> mmap.mmap:
