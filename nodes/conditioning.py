@@ -127,7 +127,12 @@ def _image_tokens(given: dict, model: Model, name: str) -> list[Condition]:
         log.warning("Wan: %s carries a CLIP vision output, and %s takes none; it is left out.", name,
                     model.preset.title)
         return []
-    return [ImageTokens(given["clip_vision_output"].penultimate_hidden_states)]
+    features = getattr(given["clip_vision_output"], "penultimate_hidden_states", None)
+    if not isinstance(features, Tensor):
+        raise ValueError(f"{name} carries a CLIP vision output without penultimate_hidden_states (a "
+                         f"{type(given['clip_vision_output']).__name__}). Make it with CLIP Vision Encode, or connect "
+                         "a CLIP vision model to Wan Image to Video.")
+    return [ImageTokens(features)]
 
 
 def _controls(given: dict, model: Model, shift: float) -> list[Condition]:

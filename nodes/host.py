@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -51,6 +52,9 @@ BUNDLED = {
     "vae": (nano.VAE,),
     "clip_vision": (nano.CLIP_VISION,),
 }
+
+# The VAEs of the nano models, by what they are.
+NANO_VAES = MappingProxyType({VAES["nano_vae"]: nano.VAE, VAES["nano_vae22"]: nano.VAE22})
 
 Handle = TypeVar("Handle", Model, TextEncoder, VisionEncoder, VideoVAE)
 Preview = tuple | None
@@ -187,11 +191,12 @@ class ComfyUI(Standalone):
             yield advance
 
     def previewer(self, spec: VAESpec, device: torch.device) -> Callable[[Tensor], Preview] | None:
-        previewer = latent_preview.get_previewer(device, comfy.latent_formats.Wan21())
+        formats = {"wan21": comfy.latent_formats.Wan21, "wan22": comfy.latent_formats.Wan22}
+        previewer = latent_preview.get_previewer(device, formats[spec.kind]())
         if previewer is None:
             return None
-        if spec == VAES["nano_vae"]:
-            return _nano_preview()
+        if spec in NANO_VAES:
+            return _nano_preview(NANO_VAES[spec])
         return lambda clean: previewer.decode_latent_to_preview_image("JPEG", clean)
 
     def save_target(self, prefix: str, suffix: str, width: int, height: int) -> SaveTarget:
@@ -287,9 +292,9 @@ class ManagedPlacement:
         return patcher
 
 
-def _nano_preview() -> Callable[[Tensor], Preview]:
-    """ComfyUI knows the released VAE's latents only; the nano VAE is small enough to really decode a frame."""
-    vae = load_vae(placement=OneAtATime("cpu"))
+def _nano_preview(file: Path) -> Callable[[Tensor], Preview]:
+    """ComfyUI knows the released VAEs' latents only; a nano VAE is small enough to really decode a frame."""
+    vae = load_vae(file, placement=OneAtATime("cpu"))
     stats = LatentStats.of(vae.spec)
 
     def preview(clean: Tensor) -> Preview:

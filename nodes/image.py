@@ -16,7 +16,7 @@ from ..wan_core.presets import VAES, VAESpec
 from ..wan_core.vae import LatentStats
 from .host import HOST
 from .latent import size_widgets
-from .sockets import ComfyCLIPVision, ComfyVAE
+from .sockets import ComfyCLIPVision, ComfyVAE, check_pictures
 
 FIT = (list(FITS), {
     "default": "crop",
@@ -179,12 +179,6 @@ def pictures(image: Tensor, width: int, height: int, how: str) -> Tensor:
     """IMAGE [B, H, W, 3 or 4] in 0..1 as pictures [B, 3, height, width] in [-1, 1], for the VAE."""
     check_pictures(image)
     return fit(image[..., :3].movedim(-1, 1).cpu() * 2 - 1, width, height, how)
-
-
-def check_pictures(image: Tensor) -> None:
-    """Raise ValueError unless `image` is [B, H, W, 3] or has alpha besides."""
-    if image.ndim != 4 or image.shape[-1] < 3 or 0 in image.shape:
-        raise ValueError(f"the image has shape {list(image.shape)}; expected pictures [batch, height, width, 3].")
 
 
 def encoder(vae: ComfyVAE) -> Callable[[Tensor], Tensor]:

@@ -32,10 +32,11 @@ ATTENTION = (list(BACKENDS), {
 class WanCoreModelLoader:
     """A single transformer."""
 
-    DESCRIPTION = ("Opens a Wan text-to-video transformer: 2.1 T2V 1.3B or 14B, or the bundled nano model. What the "
-                   "file is, is read from its tensors. Weights are loaded when the sampler runs.")
+    DESCRIPTION = ("Opens a Wan transformer: 2.1 T2V, I2V, FLF2V or VACE, 2.2 TI2V 5B, or a bundled nano model. What "
+                   "the file is, is read from its tensors. Weights are loaded when the sampler runs.")
     CATEGORY = "Wan/loaders"
-    SEARCH_ALIASES = ["wan", "load diffusion model", "unet loader", "checkpoint", "wan 2.1", "t2v", "nano"]
+    SEARCH_ALIASES = ["wan", "load diffusion model", "unet loader", "checkpoint", "wan 2.1", "t2v", "i2v", "flf2v",
+                      "vace", "ti2v", "5b", "nano"]
     RETURN_TYPES = ("WAN_MODEL",)
     RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("The model, for Wan Sampler.",)
@@ -47,8 +48,8 @@ class WanCoreModelLoader:
                    if not preset.experts and can_run(TRANSFORMERS[preset.transformer])]
         return {"required": {
             "model": (HOST.model_names("diffusion_models"), {
-                "tooltip": "A file in models/diffusion_models (BF16, FP16 or FP32), or the nano model that comes with "
-                           "this pack."}),
+                "tooltip": "A file in models/diffusion_models (BF16, FP16 or FP32), or one of the nano models that "
+                           "come with this pack."}),
             "preset": ([AUTO, *presets], {
                 "default": AUTO,
                 "tooltip": "Which model this is. auto: the first that has the file's architecture. A name: the file is "
@@ -69,8 +70,9 @@ class WanCoreModelLoader:
 class WanCoreExpertPairLoader:
     """A high- and a low-noise expert as one model."""
 
-    DESCRIPTION = ("Opens the two experts of Wan 2.2 T2V-A14B (or the bundled nano pair) as one model. The sampler "
-                   "switches between them by noise level, as the official code does, and keeps only one in memory.")
+    DESCRIPTION = ("Opens the two experts of Wan 2.2 T2V-A14B or I2V-A14B (or the bundled nano pair) as one model. The "
+                   "sampler switches between them by noise level, as the official code does, and keeps only one in "
+                   "memory.")
     CATEGORY = "Wan/loaders"
     SEARCH_ALIASES = ["wan 2.2", "a14b", "high noise", "low noise", "moe", "two models", "unet loader"]
     RETURN_TYPES = ("WAN_MODEL",)
@@ -171,9 +173,9 @@ class WanCoreCLIPVisionLoader:
 class WanCoreVAELoader:
     """A video VAE as ComfyUI's VAE."""
 
-    DESCRIPTION = ("Opens a Wan 2.1 VAE. It decodes and encodes in pieces along time, so memory does not grow with the "
-                   "clip's length; tiles bound it for large pictures. The result works in Wan Decode and in ComfyUI's "
-                   "own VAE nodes.")
+    DESCRIPTION = ("Opens a Wan 2.1 or 2.2 VAE. It decodes and encodes in pieces along time, so memory does not grow "
+                   "with the clip's length; tiles bound it for large pictures. The result works in Wan Decode and in "
+                   "ComfyUI's own VAE nodes.")
     CATEGORY = "Wan/loaders"
     SEARCH_ALIASES = ["wan", "load vae", "wan vae", "tiled vae"]
     RETURN_TYPES = ("VAE",)
@@ -185,8 +187,8 @@ class WanCoreVAELoader:
     def INPUT_TYPES(cls) -> dict:
         return {"required": {
             "vae": (HOST.model_names("vae"), {
-                "tooltip": "A file in models/vae: wan_2.1_vae for the released 2.1 and 2.2 14B models, the nano VAE "
-                           "for the nano models."}),
+                "tooltip": "A file in models/vae: wan_2.1_vae for the released 2.1 and 2.2 14B models, wan2.2_vae for "
+                           "TI2V 5B, a nano VAE for the nano models."}),
             "precision": PRECISION,
             "tile_size": ("INT", {
                 "default": 0, "min": 0, "max": 4096, "step": 32,

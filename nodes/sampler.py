@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..wan_core.conditioning import check_values
 from ..wan_core.models import Model
 from ..wan_core.pipeline import initial_noise, sample
 from ..wan_core.sampling import SOLVERS, Conditions, Guidance, Schedule, Step, make_schedule, partial
@@ -138,25 +139,27 @@ def _widgets() -> dict:
         "shift": ("FLOAT", {
             "default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1,
             "tooltip": "How many of the steps are spent at high noise, on layout and motion. 0: the model's own (5 for "
-                       "Wan 2.1 T2V, 12 for Wan 2.2 T2V-A14B, 3 for nano)."}),
+                       "Wan 2.1 T2V and I2V, I2V-A14B and TI2V 5B, 16 for FLF2V and VACE, 12 for T2V-A14B, 3 for "
+                       "nano)."}),
         "guidance": ("FLOAT", {
             "default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1,
             "tooltip": "How strongly the video follows the prompt (CFG); with an expert pair, at high noise. 1: no "
-                       "guidance, twice as fast. 0: the model's own (5 for Wan 2.1, 4 for Wan 2.2 T2V-A14B)."}),
+                       "guidance, twice as fast. 0: the model's own (5 for Wan 2.1 and TI2V 5B, 4 for T2V-A14B, "
+                       "3.5 for I2V-A14B)."}),
         "guidance_low": ("FLOAT", {
             "default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1,
             "tooltip": "Expert pairs only: the guidance of the low-noise expert. 0: the same as guidance or, if that "
-                       "is 0 too, the model's own (3 for Wan 2.2 T2V-A14B)."}),
+                       "is 0 too, the model's own (3 for T2V-A14B, 3.5 for I2V-A14B)."}),
         "denoise": ("FLOAT", {
             "default": 1.0, "min": 0.01, "max": 1.0, "step": 0.01,
             "tooltip": "1: from pure noise. Below: how much of a given latent is made anew; all steps are then taken "
                        "in that last part of the schedule."}),
         "start_step": ("INT", {
-            "default": 0, "min": 0, "max": 1000,
+            "default": 0, "min": 0, "max": 10000,
             "tooltip": "The first step to run, to go on from another sampler that stopped there (with add_noise "
                        "off)."}),
         "end_step": ("INT", {
-            "default": 1000, "min": 1, "max": 1000,
+            "default": 1000, "min": 1, "max": 10000,
             "tooltip": "The step to stop before; the latent then still holds noise, for another sampler to go on from. "
                        "Beyond the last step: run to the end."}),
         "add_noise": ("BOOLEAN", {
@@ -177,6 +180,7 @@ def _noise_mask(mask: Tensor | None, samples: Tensor) -> Tensor | None:
         raise ValueError(f"the noise mask has shape {list(mask.shape)}; expected a MASK [frames, height, width].")
     if mask.ndim < 5:
         mask = mask.reshape(1, 1, -1, *mask.shape[-2:])
+    check_values("the noise mask", mask, 0, 1)
     mask = F.interpolate(mask.float().mean(1, keepdim=True), samples.shape[2:], mode="trilinear")
     if samples.shape[0] % mask.shape[0]:
         raise ValueError(f"there are {mask.shape[0]} noise masks and {samples.shape[0]} videos in the latent; give one "

@@ -14,6 +14,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from ..wan_core.conditioning import check_values
 from ..wan_core.memory import working_dtype
 from ..wan_core.models import TextEncoder, VideoVAE, VisionEncoder
 from ..wan_core.presets import PRESETS
@@ -114,8 +115,7 @@ class ComfyCLIPVision:
         Pictures are resized as in the official code, where the core's own class filters them before and rounds them to
         eight bits after it.
         """
-        if image.ndim != 4 or image.shape[-1] < 3:
-            raise ValueError(f"the image has shape {list(image.shape)}; expected pictures [batch, height, width, 3].")
+        check_pictures(image)
         spec = self.encoder.spec
         tokens = 1 + (spec.image_size // spec.patch_size) ** 2
         encoder = HOST.with_room(self.encoder, len(image) * tokens * spec.mlp_dim * 4 * CLIP_VISION_COPIES)
@@ -230,6 +230,16 @@ class ComfyVAE:
         piece = batch * vae.spec.decoder_dim * vae.spec.temporal_stride * height * width
         dtype = working_dtype(vae.dtype, vae.part.stored_dtype, vae.placement.device)
         return HOST.with_room(vae, piece * dtype.itemsize * VAE_COPIES[vae.spec.kind])
+
+
+def check_pictures(image: Tensor) -> None:
+    """Raise ValueError unless `image` is an IMAGE [B, H, W, 3], or with alpha besides, in about 0..1."""
+    if image.ndim != 4 or image.shape[-1] not in (3, 4) or 0 in image.shape:
+        raise ValueError(f"the image has shape {list(image.shape)}; expected pictures [batch, height, width, 3].")
+    if not image.is_floating_point():
+        raise ValueError(f"the image holds {str(image.dtype).removeprefix('torch.')}; expected floating-point numbers "
+                         "from 0 to 1.")
+    check_values("the image", image, 0, 1)
 
 
 def _counted(advance: Advance) -> Callable[[], None]:

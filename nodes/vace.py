@@ -4,10 +4,12 @@ What they put beside the prompts has the names and value ranges of the core's Wa
 either and the nodes can be chained with each other. Reference: ComfyUI's `comfy_extras/nodes_wan.py`.
 """
 
+import logging
+
 import torch
 from torch import Tensor
 
-from ..wan_core.conditioning import encode_control, masks_for
+from ..wan_core.conditioning import check_values, encode_control, masks_for
 from ..wan_core.models import Model, add_vace
 from ..wan_core.pipeline import latent_shape
 from ..wan_core.vae import LatentStats
@@ -17,6 +19,8 @@ from .image import FIT, encoder, grid_of, pictures
 from .latent import size_widgets
 from .loaders import first_with
 from .sockets import ComfyVAE
+
+log = logging.getLogger(__name__)
 
 
 class WanCoreVace:
@@ -75,6 +79,8 @@ class WanCoreVace:
         if control_video is not None:
             given = pictures(control_video[:length], width, height, fit)
             video[:len(given)] = given
+        elif control_masks is not None:
+            log.warning("Wan: control masks are given without a control video; what they keep is grey.")
         mask = None if control_masks is None else _masks(control_masks, width, height, length, fit)
         references = []
         if reference_image is not None:
@@ -104,7 +110,7 @@ class WanCoreVaceModule:
     def INPUT_TYPES(cls) -> dict:
         names = HOST.model_names("diffusion_models")
         return {"required": {
-            "model": ("WAN_MODEL", {"tooltip": "A text-to-video model, or an expert pair."}),
+            "model": ("WAN_MODEL", {"tooltip": "A text-to-video model, or an expert pair of them."}),
             "module": (names, {
                 "default": first_with("vace", names),
                 "tooltip": "The VACE module, the bundled one for the nano model; with an expert pair, that of the "
@@ -130,6 +136,7 @@ def _masks(masks: Tensor, width: int, height: int, length: int, how: str) -> Ten
         masks = masks[None]
     if masks.ndim != 3 or 0 in masks.shape:
         raise ValueError(f"the masks have shape {list(masks.shape)}; expected [frames, height, width].")
+    check_values("the mask", masks, 0, 1)
     return masks_for(masks[:, None].cpu(), width, height, length, how)
 
 

@@ -18,7 +18,7 @@ from wan_core.presets import TEXT_ENCODERS, VAES, TransformerSpec
 from wan_core.text import UMT5Encoder
 from wan_core.training.score import score
 from wan_core.vae import WanVAE
-from wan_core.video import read_metadata, read_video
+from wan_core.video import read_metadata, read_video, write_video
 from wan_core.weights import expected_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,6 +123,42 @@ def test_bad_options_are_one_line(shell, tmp_path, monkeypatch, arguments, messa
     assert status == 2 and not out
     assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("--image clip", "Nano T2V takes no start image; models of type i2v, flf2v, ti2v do"),
+    ("--end-image clip", "Nano T2V takes no end image"),
+    ("--control clip", "Nano T2V takes no control video; models of type vace do"),
+    ("--reference clip", "Nano T2V takes no reference image"),
+    ("--mask clip", "Nano T2V takes no control mask"),
+    ("--model nano-i2v --image clip --end-image clip", "5 start and 5 end frames do not fit into a clip of 5 frames"),
+    ("--model nano-i2v --control clip", "Nano I2V takes no control video"),
+    ("--model nano-i2v --vace nano", "is made for a text-to-video transformer of width 128, and this is one of type"),
+    ("--vace nano --mask clip", "a control mask was given without the control video"),
+    ("--vace nano --image clip", "Nano T2V with VACE takes no start image"),
+    ("--vace nano --reference clip --reference other", "reference pictures must have one size, got 32x16, 48x32"),
+    ("--vace nano --vace-low nano", "a second VACE module was given, and Nano T2V is a single model"),
+    ("--vace-low nano", "the high-noise expert's, --vace, is missing"),
+    ("--clip-vision nano", "Nano T2V takes no CLIP vision features. Leave it away"),
+    ("--denoise 0.5", "there is no video to keep a part of"),
+    ("--video short --denoise 0.5", "the video to start from has 1 frames, and 5 are to be made"),
+    ("--video clip --denoise 0", "denoise must be greater than 0 and at most 1"),
+    ("--image absent.png", "absent.png"),
+    ("--image words", "words"),
+])
+def test_pictures_that_do_not_suit_are_one_line(shell, tmp_path, monkeypatch, line, message):
+    """A picture, control or CLIP model that the model does not take, no room, no file: one line, and no video."""
+    monkeypatch.chdir(tmp_path)
+    for name, shape in (("clip", (5, 16, 32)), ("other", (1, 32, 48)), ("short", (1, 16, 32))):
+        write_video(tmp_path / f"{name}.mp4", torch.zeros(*shape, 3, dtype=torch.uint8), 8)
+        (tmp_path / f"{name}.mp4").rename(tmp_path / name)
+    (tmp_path / "words").write_text("this is no picture")
+    nano_model = {"model": None} if "--model" in line else {}
+    status, out, errors = shell(*line.split(), "--vae", "nano", "--text-encoder", "nano", vae=None, text_encoder=None,
+                                **nano_model)
+    assert status == 2 and not out
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], errors
+    assert not list(tmp_path.glob("*.mp4"))
 
 
 @pytest.mark.parametrize("prompt", ["", "   ", "\n"])
@@ -293,6 +329,7 @@ def test_help_names_every_option(capsys):
     out = capsys.readouterr().out
     assert ended.value.code == 0
     for option in ("--model", "--high", "--low", "--vae", "--text-encoder", "--size", "--frames", "--steps", "--seed",
-                   "--solver", "--shift", "--guidance", "--tile", "--device"):
+                   "--solver", "--shift", "--guidance", "--tile", "--device", "--image", "--end-image", "--clip-vision",
+                   "--control", "--mask", "--reference", "--vace", "--video", "--denoise", "--fit"):
         assert option in out
 

@@ -43,14 +43,14 @@ CPU = OneAtATime("cpu")
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """Files with the released models' tensors, hollow: 28.6 GB and 2.8 GB that are not there."""
+    """Files with the released models' tensors, hollow: dozens of GB that are not there."""
     folder = tmp_path_factory.mktemp("released")
 
     def write(name):
         shapes = json.loads((golden_dir() / "keys" / f"{name}.json").read_text())
         return write_hollow(folder / f"{name}.safetensors", {key: tuple(shape) for key, shape in shapes.items()})
 
-    return {name: write(name) for name in ("wan21_t2v_14b", "wan21_t2v_1_3b")}
+    return {name: write(name) for name in ("wan21_t2v_14b", "wan21_t2v_1_3b", "wan22_i2v_a14b_expert")}
 
 
 def resident_bytes() -> int:
@@ -80,6 +80,17 @@ def test_the_architecture_decides_on_the_preset(released):
     assert load_model(released["wan21_t2v_1_3b"], placement=CPU).preset.name == "wan21_t2v_1_3b"
 
 
+def test_two_image_to_video_experts_are_their_own_preset(released):
+    """The shapes tell I2V-A14B from T2V-A14B: its boundary, shift and guidance are taken without being asked for."""
+    path = released["wan22_i2v_a14b_expert"]
+    pair = load_experts(path, path, placement=CPU)
+    sampling = pair.preset.sampling
+    assert pair.preset.name == "wan22_i2v_a14b" and pair.boundary == 0.9
+    assert (sampling.guidance_high, sampling.guidance_low, sampling.shift) == (3.5, 3.5, 5.0)
+    with pytest.raises(LoadError, match="different architectures.*fits wan22_i2v_a14b, .*fits wan21_t2v_14b"):
+        load_experts(path, released["wan21_t2v_14b"], placement=CPU)
+
+
 def test_presets_that_do_not_fit_are_refused(released, files):
     """An unknown preset, one of another architecture, a pair where a single model is wanted and the other way round."""
     large, small = released["wan21_t2v_14b"], released["wan21_t2v_1_3b"]
@@ -91,8 +102,10 @@ def test_presets_that_do_not_fit_are_refused(released, files):
         load_model(large, preset="wan22_t2v_a14b", placement=CPU)
     with pytest.raises(LoadError, match="no pair of experts of preset wan21_t2v_14b; it fits wan22_t2v_a14b"):
         load_experts(large, large, preset="wan21_t2v_14b", placement=CPU)
-    with pytest.raises(LoadError, match="there is no pair of experts of that architecture"):
+    with pytest.raises(LoadError, match="there is no pair of experts of that architecture. Open it as a single"):
         load_experts(small, small, placement=CPU)
+    with pytest.raises(LoadError, match="no single model of that architecture. Open the files of both experts"):
+        load_model(released["wan22_i2v_a14b_expert"], placement=CPU)
 
 
 def test_a_pair_of_two_architectures_is_refused(released, files):
@@ -381,7 +394,7 @@ def test_files_that_are_no_vace_module(files, tmp_path):
     with pytest.raises(LoadError, match="large.safetensors is made for a text-to-video transformer of width 5120, and "
                                         ".*type t2v and width 128. Choose the module of t2v.safetensors"):
         add_vace(plain, released)
-    with pytest.raises(LoadError, match="module.safetensors is made for a text-to-video .*one of type i2v"):
+    with pytest.raises(LoadError, match="module.safetensors is made for a text-.*one of type i2v .*Add it to a text"):
         add_vace(handle(write_transformer(tmp_path / "i2v.safetensors", spec=SMALL["i2v"])), module)
     cut = {name: tensor for name, tensor in tensors.items() if name.startswith("vace_")}
     del cut["vace_blocks.1.after_proj.bias"]

@@ -4,7 +4,9 @@
     wan_core.generate("a red circle moving left").save("clip.mp4")
 """
 
-from .models import load_clip_vision, load_experts, load_model, load_text_encoder, load_vae
+from .models import add_vace, load_clip_vision, load_experts, load_model, load_text_encoder, load_vae
 from .pipeline import Video, generate
+from .visuals import Visuals
 
-__all__ = ["Video", "generate", "load_clip_vision", "load_experts", "load_model", "load_text_encoder", "load_vae"]
+__all__ = ["Video", "Visuals", "add_vace", "generate", "load_clip_vision", "load_experts", "load_model",
+           "load_text_encoder", "load_vae"]

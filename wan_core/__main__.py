@@ -166,6 +166,9 @@ def _visuals(options: argparse.Namespace) -> Visuals:
 def _load_transformer(options: argparse.Namespace, placement: OneAtATime) -> Model:
     model = _load_files(options, placement)
     if options.vace is None:
+        if options.vace_low is not None:
+            raise ValueError("--vace-low is the VACE module of the low-noise expert, and the high-noise expert's, "
+                             "--vace, is missing.")
         return model
     return add_vace(model, options.vace, options.vace_low)
 

@@ -75,7 +75,10 @@ class Part:
         """The module on `device`, computing in `dtype`, its weights read from the file."""
         def dtype_for(name: str, stored: torch.dtype) -> torch.dtype:
             island = isinstance(self.spec, TransformerSpec) and any(part in name for part in _FLOAT32_ISLANDS)
-            return stored if island and stored.is_floating_point else dtype
+            # A text encoder computes in float32 from weights kept as they are stored.
+            if not island and not isinstance(self.spec, TextEncoderSpec):
+                return dtype
+            return torch.float32 if name in self.file.quantised else stored
 
         return load_module(build_module(self.spec), self.file, dtype_for=dtype_for, device=device).eval()
 
@@ -127,19 +130,25 @@ class Model:
     def check_latents(self, latents: Tensor) -> None:
         """Raise ValueError unless `latents` [B, C, T, H, W] fit this model, before anything is loaded."""
         channels = self.vae_spec.z_dim
-        if latents.ndim != 5 or latents.shape[1] != channels:
+        if latents.ndim != 5 or latents.shape[1] != channels or 0 in latents.shape:
             raise ValueError(f"latents have shape {list(latents.shape)}; {self.preset.title} takes "
                              f"[batch, {channels}, frames, height, width]. Use latents of the same family.")
         if latents.shape[3] % 2 or latents.shape[4] % 2:
             pixels = [size * self.vae_spec.spatial_stride for size in (latents.shape[4], latents.shape[3])]
             raise ValueError(f"latents stand for {pixels[0]}x{pixels[1]} pixels; width and height must be multiples of "
                              f"{2 * self.vae_spec.spatial_stride}.")
+        if not latents.isfinite().all():
+            raise ValueError("the latents hold NaN or infinite values; look for where they come from (often a VAE that "
+                             "overflows in float16).")
 
     def check_context(self, context: Tensor) -> None:
-        """Raise ValueError unless the text embedding [B, L, width] is as wide as this model's text input."""
+        """Raise ValueError unless the text embedding [B, L, width] is finite and as wide as the model's text input."""
         if context.shape[-1] != self.spec.text_dim:
             raise ValueError(f"the prompt was encoded to a width of {context.shape[-1]}, {self.preset.title} takes "
                              f"{self.spec.text_dim}. Use the text encoder {self.preset.text_encoder}.")
+        if not context.isfinite().all():
+            raise ValueError("the prompt was encoded to NaN or infinite values; use another precision for the text "
+                             "encoder.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +272,9 @@ def _with_vace(part: Part, path: str | Path) -> Part:
     try:
         spec = with_vace(part.spec, module.shapes())
     except ValueError as error:
-        raise LoadError(f"{module.path.name} {error}. Choose the module of {part.label}.") from error
+        advice = (f"Choose the module of {part.label}" if part.spec.model_type == "t2v" else
+                  "Add it to a text-to-video model")
+        raise LoadError(f"{module.path.name} {error}. {advice}.") from error
     file = part.file.extended(module)
     try:
         check_tensors(build_module(spec), file)
@@ -317,5 +328,7 @@ def _choose_preset(part: Part, wanted: str | None, *, experts: bool) -> Preset:
             raise LoadError(f"{part.label} is no {kind} of preset {wanted}; it fits {', '.join(fitting) or 'none'}.")
         return PRESETS[wanted]
     if not fitting:
-        raise LoadError(f"{part.label} fits {part.fits}; there is no {kind} of that architecture.")
+        advice = f" Open {'it as a single model' if experts else 'the files of both experts as a pair'}."
+        raise LoadError(f"{part.label} fits {part.fits}; there is no {kind} of that architecture."
+                        f"{advice if part.names else ''}")
     return PRESETS[fitting[0]]

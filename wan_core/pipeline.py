@@ -138,6 +138,11 @@ def _completed(model: Model, conditions: Conditions, shape: tuple[int, ...]) -> 
     if model.spec.image_dim and ImageTokens not in given:
         log.warning("%s is given no CLIP vision features; its attention to the picture is left out, which costs "
                     "likeness.", model.preset.title)
+    counts = {other.features.shape[1] for prompt in conditions.positive for other in prompt.beside
+              if isinstance(other, ImageTokens)}
+    if model.spec.image_dim and counts - {model.spec.image_tokens}:
+        log.warning("%s was trained with %d CLIP vision tokens and is given %s; it attends to all that are there.",
+                    model.preset.title, model.spec.image_tokens, " or ".join(map(str, sorted(counts))))
     if model.spec.model_type == "vace" and VaceCondition not in given:
         log.info("%s is given no VACE control; it works as the text-to-video model it was made from.",
                  model.preset.title)

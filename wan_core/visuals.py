@@ -5,17 +5,20 @@ latent frames, VACE as controls, and all of them a video to start from. Everythi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .conditioning import (
+    FITS,
     Condition,
     ImageChannels,
     ImageTokens,
     VaceCondition,
     best_size,
+    check_room,
+    check_values,
     encode_control,
     encode_known_frames,
     fit,
@@ -38,8 +41,10 @@ class Visuals:
 
     `start` and `end`: the first and the last frame, or several. `control`: the control video of VACE, with `mask` [F,
     1, H, W] in 0..1 (1 where the video is made anew; one frame holds for all) and `references`, one picture a frame.
+    What of both goes beyond the video is left away, and where they are shorter the rest of the video is free.
     `video`: a clip to start from, of which `denoise` (0..1) is made anew. `how` is "crop" or "stretch"; None takes the
-    official way of the model: stretched where the video's size follows the picture, else cut.
+    official way of the model: stretched where the video's size follows the picture, else cut. Raises ValueError for
+    other shapes, types or values.
     """
 
     start: Tensor | None = None
@@ -51,21 +56,23 @@ class Visuals:
     denoise: float = 1.0
     how: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in (*_MEANING, "video"):
+            if getattr(self, name) is not None:
+                _check_pictures(name, getattr(self, name))
+        if self.how not in (None, *FITS):
+            raise ValueError(f"unknown way to fit a picture {self.how!r}; choose one of {', '.join(FITS)}.")
+
     def check(self, model: Model, frames: int) -> None:
-        """Raise ValueError for what `model` does not take, and for videos without enough frames."""
+        """Raise ValueError for what `model` does not take, and for pictures without room in a clip of `frames`."""
         taken = _TAKES[model.spec.model_type]
         for name, meaning in _MEANING.items():
             if getattr(self, name) is not None and name not in taken:
                 can = ", ".join(kind for kind, takes in _TAKES.items() if name in takes)
                 raise ValueError(f"{model.preset.title} takes no {meaning.partition(' ')[2]}; models of type {can} do.")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            channels = 1 if field.name == "mask" else 3
-            if isinstance(value, Tensor) and (value.ndim != 4 or value.shape[1] != channels or 0 in value.shape):
-                raise ValueError(f"{field.name} has shape {list(value.shape)}; expected [frames, {channels}, height, "
-                                 "width].")
+        check_room(frames, *(0 if part is None else len(part) for part in (self.start, self.end)))
         if self.mask is not None and self.control is None:
-            raise ValueError("a control mask was given without the control video that it belongs to.")
+            raise ValueError("a control mask was given without the control video that it belongs to; give both.")
         if self.video is None and self.denoise != 1:
             raise ValueError(f"denoise is {self.denoise}, and there is no video to keep a part of; give one, or leave "
                              "denoise at 1.")
@@ -83,6 +90,19 @@ class Visuals:
         choose = best_size if model.spec.model_type == "ti2v" else size_for_area
         grid = 2 * model.vae_spec.spatial_stride
         return choose(picture.shape[3], picture.shape[2], sampling.width * sampling.height, grid)
+
+
+def _check_pictures(name: str, given: Tensor) -> None:
+    channels, low = (1, 0) if name == "mask" else (3, -1)
+    expected = f"expected a floating-point tensor [frames, {channels}, height, width] with values from {low} to 1."
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{name} is a {type(given).__name__}; {expected}")
+    if given.ndim != 4 or given.shape[1] != channels or 0 in given.shape:
+        raise ValueError(f"{name} has shape {list(given.shape)}; {expected}")
+    # Masks are often boolean; whole numbers in a picture mean another range.
+    if name != "mask" and not given.is_floating_point():
+        raise ValueError(f"{name} holds {str(given.dtype).removeprefix('torch.')}; {expected}")
+    check_values(name, given, low, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,9 @@ Writes one line of JSON: {name of a fact: whether it holds}; test_inside.py says
 import importlib.util
 import json
 import sys
+import tempfile
 import weakref
+from pathlib import Path
 
 
 def load_pack(checkout: str, pack: str) -> None:
@@ -90,25 +92,73 @@ def agreement_facts() -> dict[str, bool]:
     }
 
 
+def latent_facts() -> dict[str, bool]:
+    import comfy.sampler_helpers
+    import torch
+    from comfy_extras.nodes_wan import Wan22ImageToVideoLatent
+    from the_pack.nodes.image import WanCoreImageLatent
+    from the_pack.nodes.sampler import _noise_mask
+    from the_pack.nodes.sockets import ComfyVAE
+    from the_pack.wan_core.models import load_vae
+    from the_pack.wan_core.presets import VAES
+    from the_pack.wan_core.vae import WanVAE
+    from the_pack.wan_core.weights import save_weights
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "vae.safetensors")
+        save_weights(file, WanVAE(VAES["nano_vae22"]).state_dict())
+        vae, pairs = ComfyVAE(load_vae(file)), []
+        for frames, batch in ((1, 1), (7, 2)):
+            given = {"width": 64, "height": 96, "length": 9, "batch_size": batch,
+                     "start_image": torch.rand(frames, 96, 64, 3)}
+            pairs.append((Wan22ImageToVideoLatent.execute(vae, **given)[0],
+                          WanCoreImageLatent().make(vae, fit="crop", **given)[0]))
+        del vae
+    samples = torch.zeros(2, 16, 3, 4, 8)
+    masks = [torch.rand(shape) for shape in ((32, 64), (1, 32, 64), (9, 32, 64), (9, 1, 30, 50), (1, 1, 3, 4, 8),
+                                             (2, 1, 3, 4, 8))]
+    prepared = comfy.sampler_helpers.prepare_mask
+    return {
+        "same_image_latent": all(torch.allclose(core[name], ours[name], atol=1e-5)
+                                 for core, ours in pairs for name in ("samples", "noise_mask")),
+        "same_noise_mask": all(torch.allclose(prepared(mask, samples.shape, "cpu")[:, :1], _noise_mask(mask, samples))
+                               for mask in masks),
+    }
+
+
 def preview_facts() -> dict[str, bool]:
     import torch
     from comfy.cli_args import LatentPreviewMethod, args
-    from the_pack.nodes.host import HOST
+    from the_pack.nodes.host import HOST, NANO_VAES, _nano_preview
     from the_pack.wan_core.presets import VAES
+    from the_pack.wan_core.vae import WanVAE
+    from the_pack.wan_core.weights import save_weights
 
-    specs, device, clean = (VAES["wan21_vae"], VAES["nano_vae"]), torch.device("cpu"), torch.zeros(1, 16, 3, 4, 6)
+    released, device = (VAES["wan21_vae"], VAES["wan22_vae"]), torch.device("cpu")
+    bundled = [spec for spec, file in NANO_VAES.items() if file.is_file()]
+
+    def size(preview: object, spec: object) -> tuple[str, tuple[int, int]]:
+        kind, image, _ = preview(torch.zeros(1, spec.z_dim, 3, 4, 6))
+        return kind, image.size
+
     args.preview_method = LatentPreviewMethod.NoPreviews
-    none = [HOST.previewer(spec, device) for spec in specs]
+    none = [HOST.previewer(spec, device) for spec in (*released, *NANO_VAES)]
     args.preview_method = LatentPreviewMethod.Latent2RGB
-    shown = [HOST.previewer(spec, device)(clean) for spec in specs]
-    pictures = [(kind, image.size) for kind, image, _ in shown]
-    return {"previews_can_be_off": none == [None, None],
-            "previews_are_pictures": pictures == [("JPEG", (6, 4)), ("JPEG", (48, 32))]}
+    shown = [size(HOST.previewer(spec, device), spec) for spec in released]
+    decoded = [size(HOST.previewer(spec, device), spec) == ("JPEG", (6 * spec.spatial_stride, 4 * spec.spatial_stride))
+               for spec in bundled]
+    with tempfile.TemporaryDirectory() as folder:
+        file, spec = Path(folder, "vae.safetensors"), VAES["nano_vae22"]
+        save_weights(file, WanVAE(spec).state_dict())
+        decoded.append(size(_nano_preview(file), spec) == ("JPEG", (96, 64)))
+    return {"previews_can_be_off": none == [None] * 4, "previews_are_pictures": shown == [("JPEG", (6, 4))] * 2,
+            "nano_previews_are_decoded": all(decoded) and VAES["nano_vae"] in bundled}
 
 
 def main() -> None:
     load_pack(*sys.argv[1:3])
-    sys.stdout.write(json.dumps({**placement_facts(), **agreement_facts(), **preview_facts()}) + "\n")
+    sys.stdout.write(json.dumps({**placement_facts(), **agreement_facts(), **latent_facts(),
+                                 **preview_facts()}) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,16 @@ from tests.comfy.client import load_workflow
 from tests.comfy.graphs import NANO, SAMPLER
 from wan_core.video import read_video
 
-WORKFLOWS = (NANO, "wan21_text_to_video", "wan22_a14b_text_to_video")
-
 
 def plain(prompt: dict[str, dict]) -> dict[str, tuple]:
     """A prompt without what is for display only."""
     return {node: (entry["class_type"], entry["inputs"]) for node, entry in prompt.items()}
+
+
+@pytest.fixture
+def names(pack_folder) -> list[str]:
+    """Names of all shipped workflows."""
+    return sorted(path.stem for path in (pack_folder / "workflows").glob("*.json"))
 
 
 @pytest.fixture
@@ -21,18 +25,18 @@ def shipped(pack_folder):
     return lambda name: (load_workflow(folder / f"{name}.json"), load_workflow(folder / "api" / f"{name}.json"))
 
 
-def test_page_reads_the_workflows_as_meant(comfy_page, shipped):
+def test_page_reads_the_workflows_as_meant(comfy_page, shipped, names):
     """Promise: the page turns each saved workflow into exactly the prompt that is shipped for the API."""
-    for name in WORKFLOWS:
+    for name in names:
         workflow, prompt = shipped(name)
         comfy_page.load(workflow)
         assert plain(comfy_page.prompt()) == plain(prompt), name
     assert comfy_page.errors == []
 
 
-def test_nodes_are_as_large_as_they_are_drawn(comfy_page, shipped):
+def test_nodes_are_as_large_as_they_are_drawn(comfy_page, shipped, names):
     """Promise: the stored size of every node has room for its widgets, so the layout stays as it was drawn."""
-    for name in WORKFLOWS:
+    for name in names:
         workflow, _ = shipped(name)
         comfy_page.load(workflow)
         drawn = comfy_page.page.evaluate("() => window.app.graph.nodes.map(node => [node.id, [...node.size]])")

@@ -58,7 +58,7 @@ def test_a_clip_of_one_frame():
 @pytest.mark.parametrize(("start", "end", "message"), [
     (None, None, "neither a start nor an end image"),
     (pictures(5), pictures(5), "5 start and 5 end frames do not fit into a clip of 9 frames"),
-    (pictures(10), None, "10 start and 0 end frames do not fit"),
+    (pictures(10), None, "10 start frames do not fit into a clip of 9"),
     (pictures(1), torch.zeros(1, 3, 16, 16), r"of one size, got \[1, 3, 16, 32\] and \[1, 3, 16, 16\]"),
     (torch.zeros(3, 16, 32), None, r"must be \[frames, 3, height, width\].*got \[3, 16, 32\]"),
     (torch.zeros(1, 4, 16, 32), None, r"got \[1, 4, 16, 32\]"),
@@ -111,6 +111,15 @@ def test_channels_that_do_not_suit_the_model(spec, channels, message):
     shape = (1, TRANSFORMERS[spec].out_dim, *SHAPE[2:])
     with pytest.raises(ValueError, match=message):
         ImageChannels(torch.zeros(channels)).check(TRANSFORMERS[spec], shape)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_broken_numbers_are_refused(value):
+    """Channels or features that hold NaN or infinity would spread to the whole video, and are an error."""
+    for condition in (ImageChannels(torch.full((1, 20, *SHAPE[2:]), value)),
+                      ImageTokens(torch.full((1, 257, 1280), value))):
+        with pytest.raises(ValueError, match="holds NaN or infinite values"):
+            condition.check(I2V, SHAPE)
 
 
 def test_tokens_that_do_not_suit_the_model():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from wan_core.conditioning import best_size, fit, fit_mask, masks_for, size_for_area
+from wan_core.conditioning import best_size, check_values, fit, fit_mask, masks_for, size_for_area
 from wan_core.conditioning.sizes import lanczos
 
 AREAS = {"480p": 832 * 480, "720p": 1280 * 720, "704p": 1280 * 704}
@@ -150,6 +150,17 @@ def test_another_way_to_fit_is_refused():
             fit(torch.zeros(1, 3, 16, 16), size, size, "pad")
         with pytest.raises(ValueError, match="unknown way to fit a picture 'pad'"):
             fit_mask(torch.zeros(1, 1, 16, 16), size, size, "pad")
+
+
+@pytest.mark.parametrize(("values", "fits"), [
+    ([0.0, 1.0], True), ([-0.5, 1.5], True), ([-0.6, 1.0], False), ([0.0, 1.6], False), ([0.0, 255.0], False),
+    ([0.5, math.nan], False), ([-math.inf, 0.0], False)])
+def test_values_of_about_the_range(values, fits):
+    """What a filter may overshoot passes; another range, NaN and infinity are an error with both ranges."""
+    if fits:
+        return check_values("the mask", torch.tensor(values, dtype=torch.float16), 0, 1)
+    with pytest.raises(ValueError, match="the mask holds values from .* to .*; expected numbers from 0 to 1"):
+        check_values("the mask", torch.tensor(values), 0, 1)
 
 
 def test_masks_of_a_clip():

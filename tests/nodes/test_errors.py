@@ -4,12 +4,13 @@ Where a model can run without what it was made for, it does, and the log says wh
 """
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.small_models import SMALL, write_halves, write_transformer
+from tests.small_models import SMALL, write_halves, write_hollow, write_transformer
 from wan_core.presets import TRANSFORMERS
 from wan_core.weights import expected_shapes, save_weights
 
@@ -53,12 +54,16 @@ def test_official_negative(call, nano):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"latent": {"samples": torch.zeros(1, 4, 8, 8)}}, "latents have shape.*same family"),
+    ({"latent": {"samples": torch.zeros(1, 48, 2, 4, 4)}}, r"shape \[1, 48, 2, 4, 4\]; Nano T2V takes \[batch, 16,"),
+    ({"latent": {"samples": torch.zeros(1, 16, 0, 4, 4)}}, r"latents have shape \[1, 16, 0, 4, 4\]"),
+    ({"latent": {"samples": torch.full((1, 16, 2, 4, 4), torch.nan)}}, "the latents hold NaN"),
     ({"latent": {"samples": torch.zeros(1, 16, 2, 5, 4)}}, "multiples of 16"),
     ({"latent": {"samples": torch.zeros(1, 16, 2, 4, 4), "noise_mask": torch.ones(1)}}, "noise mask"),
     ({"steps": 0}, "steps must be a whole number from 1"),
     ({"steps": 3, "start_step": 3}, "hold no step"),
     ({"sigmas": torch.zeros(0)}, "sigmas must be a list of at least 2"),
     ({"positive": [[torch.zeros(1, 4, 4096), {}]]}, "encoded to a width of 4096"),
+    ({"positive": [[torch.full((1, 4, 96), torch.nan), {}]]}, "the prompt was encoded to NaN"),
     ({"negative": []}, "negative is an empty conditioning"),
     ({"positive": [[torch.ones(1, 4, 96), {"start_percent": 0.5}]]}, "no prompt is active at sigma"),
 ])
@@ -91,7 +96,12 @@ def picture(frames=2, size=4, mask_size=4) -> dict:
             "concat_mask": torch.ones(1, 1, frames, mask_size, mask_size)}
 
 
-CLIP = {"clip_vision_output": SimpleNamespace(penultimate_hidden_states=torch.ones(1, 17, 64))}
+def seen(tokens=17, width=64, value=1.0) -> dict:
+    """A CLIP vision output beside a prompt."""
+    return {"clip_vision_output": SimpleNamespace(penultimate_hidden_states=torch.full((1, tokens, width), value))}
+
+
+CLIP = seen()
 CONTROL = {"vace_frames": [torch.zeros(1, 32, 2, 4, 4)], "vace_mask": [torch.ones(1, 64, 2, 4, 4)],
            "vace_strength": [1.0]}
 
@@ -103,7 +113,12 @@ CONTROL = {"vace_frames": [torch.zeros(1, 32, 2, 4, 4)], "vace_mask": [torch.one
     ("i2v", picture(mask_size=8), r"mask of known frames has shape \[1, 4, 2, 8, 8\]"),
     ("t2v", CONTROL, "this model has no VACE blocks. Use a VACE model, or add a VACE module"),
     ("i2v", {**picture(), **CONTROL}, "this model has no VACE blocks"),
+    ("i2v", {**picture(), "concat_latent_image": torch.zeros(1, 48, 2, 4, 4)}, "Encode it with the model's VAE"),
+    ("i2v", {**picture(), "concat_latent_image": torch.full((1, 16, 2, 4, 4), torch.nan)}, "conditioning holds NaN"),
     ("vace", {**CONTROL, "vace_mask": [torch.ones(1, 64, 3, 4, 4)]}, "frames, height and width must be equal"),
+    ("vace", {**CONTROL, "vace_frames": [torch.zeros(1, 96, 2, 4, 4)]}, "the frames have 32 channels. Encode them"),
+    ("vace", {**CONTROL, "vace_frames": [torch.full((1, 32, 2, 4, 4), torch.inf)]}, "a VACE control holds NaN or inf"),
+    ("vace", {"vace_frames": CONTROL["vace_frames"]}, "1 VACE controls, 0 masks.*Make it with Wan VACE"),
 ])
 def test_pictures_and_controls_that_do_not_suit(sample, small, name, beside, message):
     """Promise: pictures for a text-to-video model, a control for one without VACE, parts of another size: refused
@@ -119,6 +134,16 @@ def test_a_picture_for_ti2v_beside_the_prompt(sample, small):
     beside = {"concat_latent_image": torch.zeros(1, 48, 2, 4, 4), "concat_mask": torch.ones(1, 1, 2, 4, 4)}
     with pytest.raises(ValueError, match="for TI2V 5B: Wan Image Latent"):
         sample(small("ti2v"), beside)
+
+
+def test_a_latent_of_the_other_family_for_ti2v(call, nano, sample, small):
+    """Promise: a latent made with the VAE of the 14B models is refused by TI2V, before weights are read."""
+    latent, = call("WanCoreImageLatent", vae=nano["vae"], start_image=torch.zeros(1, 32, 32, 3), width=32, height=32,
+                   length=5)
+    model = small("ti2v")
+    with pytest.raises(ValueError, match=r"shape \[1, 16, 2, 4, 4\]; Small TI2V takes \[batch, 48,.*same family"):
+        sample(model, latent=latent)
+    assert model.placement._held is None
 
 
 def test_no_clip_output_where_the_model_takes_one(sample, listed, caplog):
@@ -143,6 +168,28 @@ def test_a_clip_output_where_the_model_takes_none(sample, small, caplog):
     assert torch.equal(with_output, sample(model, picture()))
 
 
+@pytest.mark.parametrize(("output", "message"), [
+    (seen(257, 1024), r"shape \[1, 257, 1024\]; this model takes \[batch, tokens, 64\]. Use the CLIP vision model"),
+    (seen(0), r"shape \[1, 0, 64\]"),
+    (seen(value=torch.nan), "a CLIP vision output holds NaN"),
+    ({"clip_vision_output": {"image_embeds": 0}}, r"without penultimate_hidden_states \(a dict\). Make it with CLIP"),
+])
+def test_clip_outputs_of_another_kind(sample, listed, output, message):
+    """Promise: another width (CLIP ViT-L), none or broken tokens are refused before weights are read."""
+    model = listed("model")
+    with pytest.raises(ValueError, match=message):
+        sample(model, {**picture(), **output})
+    assert model.placement._held is None
+
+
+def test_tokens_of_two_pictures_for_a_model_of_one(sample, listed, caplog):
+    """Promise: a model trained on one picture's CLIP tokens takes those of two, as the core does; the log says so."""
+    model = listed("model")
+    with_two = sample(model, {**picture(), **seen(34)})
+    assert "Nano I2V was trained with 17 CLIP vision tokens and is given 34; it attends to all" in caplog.text
+    assert with_two.isfinite().all()
+
+
 def test_vace_weights_without_a_control(sample, call, nano, workspace, caplog):
     """Promise: a model with a VACE module and no control is the text-to-video model, bit for bit; the log says so."""
     folder = workspace / "models" / "diffusion_models"
@@ -159,6 +206,9 @@ def test_vace_weights_without_a_control(sample, call, nano, workspace, caplog):
     (torch.ones(1, 4, 4), {"add_noise": False}, "a mask of what is kept needs noise to be added in the same run"),
     (torch.ones(3, 1, 2, 4, 4), {}, "there are 3 noise masks and 1 videos in the latent"),
     (torch.ones(0, 4, 4), {}, r"the noise mask has shape \[0, 4, 4\]"),
+    (torch.ones(4), {}, r"the noise mask has shape \[4\]"),
+    (torch.full((1, 4, 4), 255.0), {}, "the noise mask holds values from 255 to 255; expected numbers from 0 to 1"),
+    (torch.full((1, 4, 4), torch.nan), {}, "the noise mask holds values from nan to nan"),
 ])
 def test_noise_masks_that_cannot_be_used(sample, small, mask, changes, message):
     """Promise: a mask with latents whose noise is not known (but for TI2V), or for another batch, is refused."""
@@ -171,43 +221,6 @@ def test_noise_masks_that_cannot_be_used(sample, small, mask, changes, message):
         assert sample(small("ti2v"), latent=latent, **changes).isfinite().all()
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({}, "neither a start nor an end image was given"),
-    ({"start_image": torch.zeros(4, 32, 32, 3), "end_image": torch.zeros(2, 32, 32, 3)},
-     "4 start and 2 end frames do not fit into a clip of 5 frames"),
-    ({"end_image": torch.zeros(6, 32, 32, 3)}, "0 start and 6 end frames do not fit"),
-    ({"start_image": torch.zeros(32, 32, 3)}, r"the image has shape \[32, 32, 3\]; expected pictures"),
-    ({"start_image": torch.zeros(1, 32, 32, 1)}, "expected pictures"),
-    ({"width": 40}, "width is 40 pixels; it must be a multiple of 16"),
-    ({"length": 6}, "frames is 6; it must be 4n"),
-    ({"vae": SimpleNamespace(latent_channels=4)}, "the VAE has 4 latent channels.*Connect Wan VAE Loader"),
-])
-def test_image_to_video_refuses(call, nano, changes, message):
-    """Promise: no picture, pictures without room or of an odd form, sizes off the grid, another VAE."""
-    inputs = {"positive": nano["positive"], "negative": nano["negative"], "vae": nano["vae"], "width": 32, "height": 32,
-              "length": 5, **changes}
-    with pytest.raises(ValueError, match=message):
-        call("WanCoreImageToVideo", **inputs)
-
-
-@pytest.mark.parametrize(("node", "changes", "message"), [
-    ("WanCoreImageLatent", {"start_image": torch.zeros(6, 32, 32, 3)}, "6 start frames do not fit into a clip of 5"),
-    ("WanCoreImageLatent", {"start_image": torch.zeros(32, 32, 3)}, "expected pictures"),
-    ("WanCoreImageLatent", {"height": 40}, "height is 40 pixels"),
-    ("WanCoreVace", {"control_masks": torch.zeros(1, 5, 32, 32)}, r"the masks have shape \[1, 5, 32, 32\]"),
-    ("WanCoreVace", {"control_masks": torch.zeros(0, 32, 32)}, r"the masks have shape \[0, 32, 32\]"),
-    ("WanCoreVace", {"control_video": torch.zeros(5, 32, 32)}, "expected pictures"),
-    ("WanCoreVace", {"reference_image": torch.zeros(1, 32, 32, 2)}, "expected pictures"),
-    ("WanCoreVace", {"length": 4}, "frames is 4"),
-    ("WanCoreVace", {"vae": SimpleNamespace(latent_channels=8)}, "the VAE has 8 latent channels"),
-])
-def test_latent_and_control_nodes_refuse(call, nano, node, changes, message):
-    """Promise: what cannot be a start, a control or a mask is an error that shows its shape."""
-    prompts = {} if node == "WanCoreImageLatent" else {"positive": nano["positive"], "negative": nano["negative"]}
-    with pytest.raises(ValueError, match=message):
-        call(node, **{"vae": nano["vae"], "width": 32, "height": 32, "length": 5, **prompts, **changes})
-
-
 def test_a_range_that_ends_before_it_starts(call, nano, sample, small):
     """Promise: a VACE control from late to early is refused by the sampler."""
     positive, negative, latent, _ = call(
@@ -217,25 +230,24 @@ def test_a_range_that_ends_before_it_starts(call, nano, sample, small):
         call("WanCoreSampler", model=small("vace"), positive=positive, negative=negative, latent=latent)
 
 
-def test_sizes_need_a_picture(call):
-    """Promise: a mask has no size to offer, and is refused by its shape."""
-    with pytest.raises(ValueError, match=r"the image has shape \[1, 64, 64\]"):
-        call("WanCoreVideoSize", image=torch.zeros(1, 64, 64))
-
-
-def test_modules_that_do_not_belong(call, nano, workspace):
+def test_modules_that_do_not_belong(call, nano, small, workspace):
     """Promise: a file that is no VACE module, or one for another model, and a second one for a single model."""
     folder = workspace / "models" / "diffusion_models"
     folder.mkdir(parents=True)
     write_transformer(folder / "whole.safetensors", spec=SMALL["vace"])
     write_halves(workspace / "unused.safetensors", folder / "module.safetensors", TRANSFORMERS["nano_vace"])
+    wide = replace(SMALL["vace"], dim=256, num_heads=2)
+    write_halves(workspace / "unused.safetensors", folder / "wide.safetensors", wide)
     for changes, message in (({"module": "whole.safetensors"}, "whole.safetensors seems to be .* whole VACE model is"),
                              ({"module": "nano/wan_nano_t2v.safetensors"}, "wan_nano_t2v.safetensors seems to be"),
+                             ({"model": small("i2v"), "module": "module.safetensors"}, "one of type i2v and width 128. "
+                              "Add it to a text-to-video model"),
+                             ({"module": "wide.safetensors"}, "of width 256, .* width 128. Choose the module of"),
                              ({"module": "absent.safetensors"}, "there is no 'absent.safetensors'"),
                              ({"module": "module.safetensors", "module_low": "module.safetensors"},
                               "a second VACE module was given, and Nano T2V is a single model")):
         with pytest.raises(ValueError, match=message):
-            call("WanCoreVaceModule", model=nano["model"], **changes)
+            call("WanCoreVaceModule", **{"model": nano["model"], **changes})
 
 
 def test_trimming_leaves_a_frame(call, nano):
@@ -302,6 +314,23 @@ def test_incomplete_file(call, workspace):
     save_weights(folder / "cut.safetensors", {name: torch.zeros(shape) for name, shape in shapes.items()})
     with pytest.raises(ValueError, match="cut.safetensors does not fit .*missing tensors: head.head.bias"):
         call("WanCoreModelLoader", model="cut.safetensors")
+
+
+def test_experts_that_are_no_pair(call, workspace):
+    """Promise: an image- and a text-to-video expert, or the same single model twice, are refused with what they are;
+    so is one expert alone."""
+    folder = workspace / "models" / "diffusion_models"
+    folder.mkdir(parents=True)
+    for name in ("wan22_i2v_a14b", "wan22_t2v_a14b", "wan21_flf2v_14b"):
+        write_hollow(folder / name, expected_shapes(TRANSFORMERS[name]))
+    for high, low, message in (
+            ("wan22_i2v_a14b", "wan22_t2v_a14b", "of different architectures: wan22_i2v_a14b fits wan22_i2v_a14b, wan22"
+                                                 "_t2v_a14b fits .*the high- and the low-noise file of one model"),
+            ("wan21_flf2v_14b", "wan21_flf2v_14b", "fits wan21_flf2v_14b; .*no pair.*Open it as a single model")):
+        with pytest.raises(ValueError, match=message):
+            call("WanCoreExpertPairLoader", high_noise=high, low_noise=low)
+    with pytest.raises(ValueError, match="fits wan22_i2v_a14b; .*no single model.*Open the files of both experts as a"):
+        call("WanCoreModelLoader", model="wan22_i2v_a14b")
 
 
 def test_swapped_experts_are_noticed(call, caplog):

@@ -39,7 +39,8 @@ def test_masks_of_all_sizes(masked):
     mask[:, :4] = 0
     pixels = mask.repeat_interleave(8, 0).repeat_interleave(8, 1)
     expected = masked(mask[None, None, None].expand(1, 1, 3, 4, 8))
-    for same in (mask, mask[None], pixels[None], pixels.expand(9, 32, 64), pixels[None, None]):
+    for same in (mask, mask[None], pixels[None], pixels.expand(9, 32, 64), pixels[None, None], mask.bool(),
+                 pixels.expand(1, 1, 9, 32, 64), pixels.half().expand(4, 1, 32, 64)):
         torch.testing.assert_close(masked(same), expected, atol=1e-4, rtol=0)
 
 

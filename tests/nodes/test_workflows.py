@@ -2,22 +2,42 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.comfy.convert import to_prompt, widgets
+from tests.comfy.core_nodes import CORE_NODES
 from wan_core.presets import PRESETS
+from wan_core.training.shapes import BACKGROUNDS, COLOURS, all_prompts
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "workflows"
 # The workflow and the preset whose settings it holds.
 WORKFLOWS = {
     "wan_nano_text_to_video": "nano_t2v",
+    "wan_nano_image_to_video": "nano_i2v",
+    "wan_nano_first_last_frame": "nano_i2v",
+    "wan_nano_vace_inpaint": "nano_t2v",
+    "wan_nano_vace_control": "nano_t2v",
+    "wan_nano_video_to_video": "nano_t2v",
     "wan21_text_to_video": "wan21_t2v_1_3b",
+    "wan21_image_to_video": "wan21_i2v_14b_480p",
+    "wan21_first_last_frame": "wan21_flf2v_14b",
+    "wan21_vace_control": "wan21_vace_1_3b",
+    "wan21_vace_inpaint": "wan21_vace_1_3b",
+    "wan21_video_to_video": "wan21_t2v_1_3b",
     "wan22_a14b_text_to_video": "wan22_t2v_a14b",
+    "wan22_a14b_image_to_video": "wan22_i2v_a14b",
+    "wan22_a14b_first_last_frame": "wan22_i2v_a14b",
+    "wan22_5b_text_image_to_video": "wan22_ti2v_5b",
 }
 TITLE_BAR = 30
-MODEL_WIDGETS = {"model", "high_noise", "low_noise", "text_encoder", "vae"}
+MODEL_WIDGETS = {"model", "module", "high_noise", "low_noise", "text_encoder", "vae", "clip_vision"}
+# Nodes that say how large and how long the video is; one of them is in every workflow.
+SIZES = {"WanCoreEmptyLatent", "WanCoreImageToVideo", "WanCoreImageLatent", "WanCoreVace"}
+# Core nodes with a file of the user's -> how its name ends.
+FILES = {"LoadImage": ".png", "LoadVideo": ".mp4"}
 
 
 def read(path: Path) -> dict:
@@ -41,8 +61,16 @@ def prompt(name) -> dict:
 
 @pytest.fixture(scope="module")
 def object_info(pack) -> dict:
-    """The pack's nodes as the server describes them."""
-    return {name: {"input": node.INPUT_TYPES()} for name, node in pack.NODE_CLASS_MAPPINGS.items()}
+    """The pack's nodes and the core's, as the server describes them."""
+    ours = {name: {"input": node.INPUT_TYPES(), "display_name": pack.NODE_DISPLAY_NAME_MAPPINGS[name]}
+            for name, node in pack.NODE_CLASS_MAPPINGS.items()}
+    return {**CORE_NODES, **ours}
+
+
+@pytest.fixture
+def nodes(prompt) -> Callable[..., list[dict]]:
+    """All nodes of the prompt of the given types, as their inputs."""
+    return lambda *kinds: [entry["inputs"] for entry in prompt.values() if entry["class_type"] in kinds]
 
 
 def test_every_workflow_is_tested():
@@ -52,11 +80,12 @@ def test_every_workflow_is_tested():
 
 
 def test_both_formats_are_one_graph(workflow, prompt, object_info):
-    """Promise: the saved workflow, converted as the page converts it, is the prompt for the API; all nodes are ours."""
+    """Promise: the saved workflow, converted as the page converts it, is the prompt for the API, titles included."""
     plain = {node: {"class_type": entry["class_type"], "inputs": entry["inputs"]} for node, entry in prompt.items()}
     assert to_prompt(workflow, object_info) == plain
-    titles = {entry["class_type"]: entry["_meta"]["title"] for entry in prompt.values()}
-    assert len(titles) == len(prompt) and all(title.startswith("Wan ") for title in titles.values())
+    titles = {str(node["id"]): node.get("title") or object_info[node["type"]]["display_name"]
+              for node in workflow["nodes"] if node["type"] != "MarkdownNote"}
+    assert titles == {node: entry["_meta"]["title"] for node, entry in prompt.items()}
 
 
 def test_widget_values_are_allowed(workflow, object_info):
@@ -68,7 +97,9 @@ def test_widget_values_are_allowed(workflow, object_info):
         values = iter(node["widgets_values"])
         for name, options, unused in widgets(object_info[node["type"]]):
             value, kind = next(values), options["type"]
-            if name in MODEL_WIDGETS and isinstance(kind, list):
+            if node["type"] in FILES:
+                assert value.endswith(FILES[node["type"]])
+            elif name in MODEL_WIDGETS and isinstance(kind, list):
                 assert value in kind or value in linked, (node["type"], name)
             elif isinstance(kind, list):
                 assert value in kind, (node["type"], name)
@@ -76,7 +107,7 @@ def test_widget_values_are_allowed(workflow, object_info):
                 assert type(value) is {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}[kind], name
                 if kind in ("INT", "FLOAT"):
                     assert options["min"] <= value <= options["max"], name
-            assert [next(values) for _ in range(unused)] in ([], ["randomize"])
+            assert [next(values) for _ in range(unused)] in ([], ["randomize"], ["fixed"], ["image"])
         assert list(values) == []
 
 
@@ -93,18 +124,51 @@ def test_links_are_whole(workflow):
     assert sum(len(output["links"]) for node in nodes.values() for output in node["outputs"]) == len(links)
 
 
-def test_official_settings(name, prompt):
-    """Promise: size, length, steps, shift, guidance, frame rate and negative prompt are the preset's."""
-    inputs = {entry["class_type"]: entry["inputs"] for entry in prompt.values()}
+def test_official_settings(name, prompt, nodes):
+    """Promise: steps, shift, guidance, frame rate and negative prompt are the preset's, in each sampler of a graph."""
     preset = PRESETS[WORKFLOWS[name]]
-    official, sampler, latent = preset.sampling, inputs["WanCoreSampler"], inputs["WanCoreEmptyLatent"]
-    assert (latent["width"], latent["height"], latent["length"]) == (official.width, official.height, official.frames)
-    assert (sampler["steps"], sampler["shift"], sampler["solver"]) == (official.steps, official.shift, official.solver)
-    assert sampler["guidance"] == official.guidance_high
-    assert (sampler["guidance_low"] or sampler["guidance"]) == official.guidance_low
-    assert inputs["WanCoreSaveVideo"]["fps"] == official.fps
-    assert inputs["WanCoreTextEncode"]["negative"] == official.negative_prompt
-    assert ("WanCoreExpertPairLoader" in inputs) == preset.experts
+    official = preset.sampling
+    for sampler in nodes("WanCoreSampler"):
+        assert (sampler["steps"], sampler["shift"]) == (official.steps, official.shift)
+        assert (sampler["solver"], sampler["guidance"]) == (official.solver, official.guidance_high)
+        assert (sampler["guidance_low"] or sampler["guidance"]) == official.guidance_low
+        from_video = prompt[sampler["latent"][0]]["class_type"] == "VAEEncode"
+        assert (sampler["denoise"] < 1) == from_video, "a given video is denoised in part, all else from noise"
+    assert {save["fps"] for save in nodes("WanCoreSaveVideo")} == {official.fps}
+    assert {text["negative"] for text in nodes("WanCoreTextEncode")} == {official.negative_prompt}
+    assert bool(nodes("WanCoreExpertPairLoader")) == preset.experts
+
+
+def test_official_size(name, prompt, nodes, module):
+    """Promise: size and length are the preset's; where a picture decides on the size, its area is the preset's."""
+    official = PRESETS[WORKFLOWS[name]].sampling
+    areas = module("nodes.image").AREAS
+    sized, cut = nodes(*SIZES, "ImageScale"), nodes(*SIZES, "ImageFromBatch")
+    assert sized and {node["length"] for node in cut} == {official.frames}
+    for node in sized:
+        width, height = node["width"], node["height"]
+        if isinstance(width, list):
+            chooser = prompt[width[0]]
+            assert chooser["class_type"] == "WanCoreVideoSize" and (width[1], height) == (0, [width[0], 1])
+            area = areas[chooser["inputs"]["area"]]
+            width, height = area.width, area.height
+        assert (width, height) == (official.width, official.height)
+
+
+@pytest.mark.parametrize("name", [name for name in WORKFLOWS if name.startswith("wan_nano_")])
+def test_nano_workflows_need_nothing(nodes):
+    """Promise: a nano workflow asks for no file of the user's, and only for what the models were trained on."""
+    assert not nodes(*FILES)
+    for loader in nodes("WanCoreModelLoader", "WanCoreVaceModule", "WanCoreTextEncoderLoader", "WanCoreVAELoader",
+                        "WanCoreCLIPVisionLoader"):
+        files = [value for key, value in loader.items() if key in MODEL_WIDGETS and isinstance(value, str)]
+        assert files and all(file.startswith("nano/") for file in files)
+    prompts = {text["positive"] for text in nodes("WanCoreTextEncode")}
+    assert prompts <= set(all_prompts())
+    known = {(red << 16) + (green << 8) + blue: word
+             for word, (red, green, blue) in {**BACKGROUNDS, **COLOURS}.items()}
+    drawn = {known[picture["color"]] for picture in nodes("EmptyImage")} & set(COLOURS)
+    assert all(colour in prompt for colour in drawn for prompt in prompts)
 
 
 def test_downloads(workflow):

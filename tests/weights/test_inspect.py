@@ -60,11 +60,17 @@ def test_models_that_cannot_run_yet(tmp_path, nano):
     assert "cannot run it yet" in format_report(report)
 
 
-def test_quantised_types_are_noted(tmp_path, nano):
+def test_quantised_types_are_counted(tmp_path, nano):
+    """FP8 weights are counted by their format, and nothing is said against them."""
+    report = describe(write(tmp_path / "x.safetensors", nano, dtype=torch.float8_e4m3fn))
+    assert report.dtypes == (("FP8 e4m3", len(nano)),) and report.checked and not report.remark
+
+
+def test_types_without_arithmetic_are_noted(tmp_path, nano):
     """Types that this version cannot compute with are noted, in the words in which loading refuses them."""
-    path = write(tmp_path / "x.safetensors", nano, dtype=torch.float8_e4m3fn)
+    path = write(tmp_path / "x.safetensors", nano, dtype=torch.int8)
     report = describe(path)
-    assert report.remark.startswith("Weights of type float8_e4m3fn are not supported in this version; use the bf")
+    assert report.remark.startswith("Weights of type int8 are not supported in this version; use the bf")
     with pytest.raises(LoadError) as caught:
         open_model(path, "transformer")
     assert report.remark[1:] in str(caught.value)

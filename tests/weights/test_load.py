@@ -100,10 +100,10 @@ def test_only_the_first_few_names_are_listed():
 
 
 def test_extras_are_ignored_by_name_only():
-    """The tokenizer and markers in repackaged files do not count as unexpected, other extras do."""
-    extras = {"spiece_model": torch.zeros(9, dtype=torch.uint8), "scaled_fp8": torch.zeros(2)}
+    """The tokenizer in repackaged files does not count as unexpected, other extras do."""
+    extras = {"spiece_model": torch.zeros(9, dtype=torch.uint8)}
     load_module(small(), tensors() | extras)
-    with pytest.raises(LoadError, match="unexpected tensors: spiece_model, scaled_fp8"):
+    with pytest.raises(LoadError, match="unexpected tensors: spiece_model"):
         load_module(small(), tensors() | extras, ignore=())
 
 
@@ -196,7 +196,7 @@ def spoil(tensors: dict[str, torch.Tensor], name: str, how: str) -> str:
             return f"weights of type {how} are not supported in this version; use the bfloat16"
 
 
-@pytest.mark.parametrize("how", ["missing", "unexpected", "misshapen", "float8_e4m3fn", "float8_e5m2", "int8"])
+@pytest.mark.parametrize("how", ["missing", "unexpected", "misshapen", "int8"])
 @pytest.mark.parametrize("kind", SPECS)
 def test_unfit_files_are_refused_when_they_are_opened(tmp_path, kind, how):
     """The header is enough to refuse a file, and the text is the one that loading would give."""
@@ -210,17 +210,6 @@ def test_unfit_files_are_refused_when_they_are_opened(tmp_path, kind, how):
         load_module(build_module(recognition.spec), file)
     assert message in str(opening.value) and str(opening.value) == str(loading.value)
     assert str(opening.value).startswith("x.safetensors does not fit") and "spiece_model" not in str(opening.value)
-
-
-def test_scaled_fp8_files_are_refused_by_their_type_first(tmp_path):
-    """The marker of the format is no complaint of its own, and the scales come after the type."""
-    tensors = {name: torch.zeros(shape, dtype=torch.float8_e4m3fn if len(shape) == 2 else torch.bfloat16)
-               for name, shape in expected_shapes(SPEC).items()}
-    scales = {f"{name.removesuffix('weight')}scale_weight": torch.ones(1) for name in tensors if ".ffn." in name}
-    save_file(tensors | scales | {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
-    with pytest.raises(LoadError, match="Transformer: weights of type float8_e4m3fn .*; unexp.*scale_weight") as caught:
-        open_model(tmp_path / "x.safetensors", "transformer")
-    assert "scaled_fp8" not in str(caught.value)
 
 
 @pytest.mark.parametrize("branch", [

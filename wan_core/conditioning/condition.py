@@ -42,11 +42,22 @@ class Condition(Protocol):
         """`inputs` with what it adds at noise level `sigma`."""
 
 
-def check_batch(name: str, tensor: Tensor, batch: int) -> None:
-    """Raise ValueError unless the first size of `tensor` is 1 or `batch`."""
+def check_tensor(name: str, tensor: Tensor, batch: int) -> None:
+    """Raise ValueError unless the first size of `tensor` is 1 or `batch`, and its values are finite."""
     if tensor.shape[0] not in (1, batch):
         raise ValueError(f"{name} is a batch of {tensor.shape[0]} and the latents are a batch of {batch}; give one for "
                          "all, or one for each.")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinite values, and the video would be nothing else; look for where "
+                         "they come from (often a VAE that overflows in float16).")
+
+
+def check_room(frames: int, start: int, end: int = 0) -> None:
+    """Raise ValueError unless `start` first and `end` last frames fit into a clip of `frames`."""
+    if start + end > frames:
+        given = " and ".join(f"{count} {name}" for count, name in ((start, "start"), (end, "end")) if count)
+        raise ValueError(f"{given} frames do not fit into a clip of {frames} frames. Make the clip longer, or give "
+                         "fewer.")
 
 
 def to_batch(tensor: Tensor, sample: Tensor) -> Tensor:

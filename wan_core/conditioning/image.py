@@ -15,7 +15,7 @@ from torch import Tensor
 from ..dit import ModelInputs, WanTransformer
 from ..presets import TransformerSpec
 from ..vae import LatentStats
-from .condition import check_batch, to_batch
+from .condition import check_room, check_tensor, to_batch
 
 MASK_CHANNELS = 4
 
@@ -65,7 +65,7 @@ class ImageChannels:
             raise ValueError(f"image conditioning has shape {list(self.channels.shape)}; this model and these latents "
                              f"take [batch, {', '.join(map(str, expected))}]. Make it for the video's width, height "
                              "and length.")
-        check_batch("image conditioning", self.channels, shape[0])
+        check_tensor("image conditioning", self.channels, shape[0])
 
     def prepare(self, model: WanTransformer, sample: Tensor) -> Tensor:
         """See `Condition.prepare`."""
@@ -86,13 +86,13 @@ class ImageTokens:
         """See `Condition.check`."""
         if not spec.image_dim:
             raise ValueError("the prompt carries CLIP vision features, and this model takes none. Leave them away.")
-        if self.features.ndim != 3 or self.features.shape[2] != spec.image_dim:
+        if self.features.ndim != 3 or self.features.shape[2] != spec.image_dim or not self.features.numel():
             raise ValueError(f"CLIP vision features have shape {list(self.features.shape)}; this model takes [batch, "
                              f"tokens, {spec.image_dim}]. Use the CLIP vision model that belongs to it.")
         if spec.model_type == "flf2v" and self.features.shape[1] > spec.image_tokens:
             raise ValueError(f"{self.features.shape[1]} CLIP vision tokens were given, and this model takes "
                              f"{spec.image_tokens}: a start and an end image.")
-        check_batch("the CLIP vision features", self.features, shape[0])
+        check_tensor("a CLIP vision output", self.features, shape[0])
 
     def prepare(self, model: WanTransformer, sample: Tensor) -> Tensor:
         """See `Condition.prepare`."""
@@ -118,9 +118,7 @@ def encode_known_frames(encode: Callable[[Tensor], Tensor], frames: int, start: 
             raise ValueError(f"start and end images must be [frames, 3, height, width] of one size, got "
                              f"{' and '.join(str(list(p.shape)) for p in given)}.")
     first, last = (0 if part is None else part.shape[0] for part in (start, end))
-    if first + last > frames:
-        raise ValueError(f"{first} start and {last} end frames do not fit into a clip of {frames} frames. Make the "
-                         "clip longer, or give fewer.")
+    check_room(frames, first, last)
     clip = torch.zeros(frames, *given[0].shape[1:])
     known = torch.zeros(frames)
     if start is not None:

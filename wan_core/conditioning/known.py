@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .condition import check_room
+
 
 @dataclass(frozen=True, eq=False)
 class KnownLatents:
@@ -65,9 +67,7 @@ def known_start(encode: Callable[[Tensor], Tensor], latents: Tensor, start: Tens
     more frames than `latents` have room for.
     """
     frames = 1 + (latents.shape[2] - 1) * 4
-    if len(start) > frames:
-        raise ValueError(f"{len(start)} start frames do not fit into a clip of {frames} frames. Make the clip longer, "
-                         "or give fewer.")
+    check_room(frames, len(start))
     known = encode(start[:1 + (len(start) - 1) // 4 * 4].movedim(0, 1)[None])
     latents, mask = latents.clone(), torch.ones(latents.shape[0], 1, *latents.shape[2:])
     latents[:, :, :known.shape[2]] = known

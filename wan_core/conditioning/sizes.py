@@ -81,10 +81,20 @@ def fit_mask(masks: Tensor, width: int, height: int, how: str = "crop") -> Tenso
     return _fit(masks, width, height, how, dict.fromkeys(FITS, bilinear))
 
 
+def check_values(name: str, values: Tensor, low: float, high: float) -> None:
+    """Raise ValueError unless pictures or masks hold numbers from about `low` to `high`.
+
+    Filters overshoot, so half the range is allowed beyond each end; 0..255 is still told apart, and NaN.
+    """
+    least, most = (value.item() for value in values.float().aminmax())
+    if not (3 * low - high) / 2 <= least <= most <= (3 * high - low) / 2:
+        raise ValueError(f"{name} holds values from {least:g} to {most:g}; expected numbers from {low:g} to {high:g}.")
+
+
 def masks_for(masks: Tensor, width: int, height: int, frames: int, how: str = "crop") -> Tensor:
     """Masks [F, 1, H, W] for a clip: [1, frames, height, width]. One holds for all frames; where there are too few,
     the rest is 1 (made anew). Raises as `fit`."""
-    fitted = fit_mask(masks[:frames], width, height, how)[:, 0]
+    fitted = fit_mask(masks[:frames].float(), width, height, how)[:, 0]
     if len(fitted) == 1:
         return fitted.expand(frames, -1, -1)[None]
     return torch.cat([fitted, fitted.new_ones(frames - len(fitted), height, width)])[None]

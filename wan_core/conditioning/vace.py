@@ -17,7 +17,7 @@ from torch import Tensor
 from ..dit import ModelInputs, VaceControl, WanTransformer
 from ..presets import TransformerSpec
 from ..vae import LatentStats
-from .condition import SigmaRange, check_batch, to_batch
+from .condition import SigmaRange, check_tensor, to_batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +49,13 @@ class VaceCondition:
     @classmethod
     def of(cls, latents: ControlLatents, stats: LatentStats, strength: float = 1.0,
            sigmas: SigmaRange | None = None) -> "VaceCondition":
-        """From an encoded control. Raises ValueError where frames and mask differ in size."""
+        """From an encoded control. Raises ValueError where frames and mask differ in size or another VAE made them."""
         frames, mask = latents.frames.float(), latents.mask.float()
-        if frames.shape[2:] != mask.shape[2:]:
+        channels = 2 * len(stats.mean)
+        if frames.ndim != 5 or frames.shape[1] != channels or frames.shape[2:] != mask.shape[2:]:
             raise ValueError(f"VACE frames have shape {list(frames.shape)} and their mask {list(mask.shape)}; frames, "
-                             "height and width must be equal.")
+                             f"height and width must be equal, and the frames have {channels} channels. Encode them "
+                             "with the model's VAE.")
         halves = [stats.normalise(half) for half in frames.chunk(2, 1)]
         mask = mask.to(frames.device).expand(frames.shape[0], *mask.shape[1:])
         return cls(torch.cat([*halves, mask], 1), strength, sigmas or SigmaRange())
@@ -68,7 +70,7 @@ class VaceCondition:
             raise ValueError(f"a VACE control has shape {list(self.control.shape)}; this model and these latents take "
                              f"[batch, {', '.join(map(str, expected))}]. Its frames, the reference images among them, "
                              "must be as many as the latent's.")
-        check_batch("a VACE control", self.control, shape[0])
+        check_tensor("a VACE control", self.control, shape[0])
 
     def prepare(self, model: WanTransformer, sample: Tensor) -> Tensor:
         """See `Condition.prepare`."""

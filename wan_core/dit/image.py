@@ -51,11 +51,11 @@ class ImageEmbedding(nn.Module):
 
         Raises ValueError for another width, or more tokens than there are positions.
         """
-        weight = self.proj[1].weight
-        if features.ndim != 3 or features.shape[2] != weight.shape[1]:
+        first = self.proj[1]
+        if features.ndim != 3 or features.shape[2] != first.in_features:
             raise ValueError(f"CLIP vision features have shape {list(features.shape)}; this model takes [batch, "
-                             f"tokens, {weight.shape[1]}]. Use the CLIP vision model that belongs to it.")
-        features = features.to(weight.device).float()
+                             f"tokens, {first.in_features}]. Use the CLIP vision model that belongs to it.")
+        features = features.to(first.device).float()
         if self.emb_pos is not None:
             count, known = features.shape[1], self.emb_pos.shape[1]
             if count > known:
@@ -63,4 +63,4 @@ class ImageEmbedding(nn.Module):
                                  "are a start and an end image.")
             features = features + self.emb_pos[:, :count].float()
         h = F.gelu(self.proj[1](self.proj[0](features)))
-        return self.proj[4](self.proj[3](h)).to(weight.dtype)
+        return self.proj[4](self.proj[3](h)).to(first.dtype)

@@ -25,17 +25,31 @@ class Float32Linear(nn.Linear):
 
 
 class Linear(nn.Linear):
-    """A linear layer computed in the dtype of its weights, if wanted with a GELU (tanh form) behind it.
+    """A linear layer computed in the dtype of its weights, if wanted with a GELU (tanh form) behind it."""
 
-    On a CPU in bfloat16 bias and GELU are fused into oneDNN's matrix product, which spares two passes.
-    """
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layer computes in, and what its output is."""
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
 
     def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
-        x = x.to(self.weight.dtype)
+        return self.product(x, self.weight, self.bias, gelu=gelu)
+
+    @staticmethod
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+        """x [..., in] times weight [out, in] plus bias; also the arithmetic of layers whose weights are quantised.
+
+        On a CPU in bfloat16 bias and GELU are fused into oneDNN's matrix product, which spares two passes.
+        """
+        x = x.to(weight.dtype)
         fusible = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
         if fusible and _FUSED_LINEAR:
-            return _FUSED_LINEAR(x, self.weight, self.bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
-        y = F.linear(x, self.weight, self.bias)
+            return _FUSED_LINEAR(x, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
+        y = F.linear(x, weight, bias)
         return F.gelu(y, approximate="tanh") if gelu else y
 
 

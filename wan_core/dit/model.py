@@ -72,7 +72,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """x [B, L, D] float32 -> [B, L, D] float32."""
-        dtype = self.ffn[0].weight.dtype
+        dtype = self.ffn[0].dtype
         time = shared.time.map(lambda row: self.modulation.float() + row)
         h = self._modulated(x, time, 0, dtype)
         x = _add_gated(x, self.self_attn(h, shared.rope, shared.backend), time, 2)
@@ -172,8 +172,8 @@ class WanTransformer(nn.Module):
         used = context.ne(0).any(-1).any(0).nonzero()
         length = int(used.max()) + 1 if used.numel() else 0
         padding = max(self.spec.text_len, context.shape[1]) - length
-        weight = self.text_embedding[0].weight
-        rows = F.pad(context[:, :length].to(weight.device, weight.dtype), (0, 0, 0, min(padding, 1)))
+        first = self.text_embedding[0]
+        rows = F.pad(context[:, :length].to(first.device, first.dtype), (0, 0, 0, min(padding, 1)))
         bias = None
         if padding > 1:
             bias = torch.zeros(length + 1, device=rows.device)

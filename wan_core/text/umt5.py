@@ -159,7 +159,12 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features] in x's dtype."""
-        return F.linear(x, self.weight.to(x.dtype))
+        return self.product(x, self.weight, None)
+
+    @staticmethod
+    def product(x: Tensor, weight: Tensor, bias: None) -> Tensor:
+        """x [..., in] times weight [out, in]; also the arithmetic of layers whose weights are quantised."""
+        return F.linear(x, weight.to(x.dtype))
 
 
 class RMSNorm(nn.Module):

@@ -65,7 +65,7 @@ class CLIPVision(nn.Module):
         the space that CLIP shares with text [B, out_dim], not normalised; both float32.
         """
         last = self.transformer[-1](hidden)
-        return last, linear(self.post_norm(last[:, 0]), self.head.T).float()
+        return last, Linear.product(self.post_norm(last[:, 0]), self.head.T).float()
 
 
 class Block(nn.Module):
@@ -104,7 +104,12 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features] in the weight's dtype."""
-        return linear(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
+
+    @staticmethod
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., in] times weight [out, in], in the weight's dtype; also for layers whose weights are quantised."""
+        return F.linear(x.to(weight.dtype), weight, bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -116,8 +121,3 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., dim] -> the same in float32."""
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] times weight [out, in], in the weight's dtype."""
-    return F.linear(x.to(weight.dtype), weight, bias)

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +22,9 @@ from torch import Tensor
 from .errors import LoadError, first_few, human_size
 from .gguf_file import GGUFContents
 from .gguf_header import MAGIC
-from .quantised import Quantised, dense
+from .quantised import Quantised, Scheme, dense
 from .safetensors_header import Entry, HeaderError, UnreadableType, looks_like_header, parse_header
+from .shards import INDEX_ENDING, check_contents, find_weights, read_index
 
 _AGAIN = "Download it again."
 
@@ -48,13 +51,39 @@ class Joined:
         return self.layout(whole) if self.layout else whole
 
 
+class Recipe(Protocol):
+    """A quantised weight that is put together whenever it is asked for."""
+
+    @property
+    def scheme(self) -> Scheme: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, read: Callable[[str], Tensor | Quantised]) -> Quantised:
+        """The weight, from a function that gives the tensors of the file."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A quantised weight of `shape` made of others: `names` gives for each part of the scheme a tensor of the file."""
+
+    scheme: Scheme
+    shape: tuple[int, ...]
+    names: Mapping[str, str]
+
+    def read(self, read: Callable[[str], Tensor | Quantised]) -> Quantised:
+        """The weight, from a function that gives each of `names`."""
+        return Quantised(self.scheme, self.shape, {part: read(name) for part, name in self.names.items()})
+
+
 class TensorFile(Mapping[str, Tensor | Quantised]):
     """An open checkpoint: a read-only mapping from tensor name to tensor (CPU, the file's own type).
 
-    `path`, `format` ('safetensors', 'gguf' or 'torch'), `metadata` (table of strings) and `nbytes` (size of the file)
-    describe it. Taking a tensor reads nothing; its bytes are read when they are used. Tensors stay valid after `close`.
-    Weights of a quantised format come as `Quantised`; `quantised` gives the names of their formats, and `dtypes` the
-    type that they are meant to be computed in.
+    `path`, `format` ('safetensors', 'gguf' or 'torch'), `metadata` (table of strings) and `nbytes` (size of the file
+    or files) describe it. Taking a tensor reads nothing; its bytes are read when they are used. Tensors stay valid
+    after `close`. Weights of a quantised format come as `Quantised`; `quantised` gives the names of their formats, and
+    `dtypes` the type that they are meant to be computed in.
     """
 
     def __init__(self, path: Path, format: str, metadata: dict[str, str], dtypes: dict[str, torch.dtype],
@@ -85,16 +114,16 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
     def names(self) -> tuple[str, ...]:
         return tuple(self._shapes)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return dict(self._shapes)
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return MappingProxyType(self._shapes)
 
-    def dtypes(self) -> dict[str, torch.dtype]:
-        return dict(self._dtypes)
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        return MappingProxyType(self._dtypes)
 
-    def renamed(self, mapping: Mapping[str, "str | Joined"]) -> "TensorFile":
+    def renamed(self, mapping: Mapping[str, "str | Joined | Recipe"]) -> "TensorFile":
         """The same file under other names: `mapping` gives for each new name the one in the file; others are left out.
 
-        A `Joined` in place of a name stands for a tensor that is put together whenever it is asked for.
+        A `Joined` or `Recipe` in place of a name stands for a tensor that is put together whenever it is asked for.
         Both stay open on their own. Raises LoadError where tensors cannot be joined.
         """
         read, dtypes, shapes, quantised = self._read, {}, {}, {}
@@ -103,6 +132,9 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
                 dtypes[new], shapes[new] = self._dtypes[old], self._shapes[old]
                 if old in self.quantised:
                     quantised[new] = self.quantised[old]
+                continue
+            if not isinstance(old, Joined):
+                dtypes[new], shapes[new], quantised[new] = torch.bfloat16, old.shape, old.scheme.name
                 continue
             # Shape and type of the result, without any data.
             parts = {name: torch.empty(self._shapes[name], dtype=self._dtypes[name], device="meta")
@@ -119,7 +151,9 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
             old = mapping[name]
             return read(old) if isinstance(old, str) else old.read(read)
 
-        return TensorFile(self.path, self.format, self.metadata, dtypes, shapes, read_new, quantised)
+        renamed = TensorFile(self.path, self.format, self.metadata, dtypes, shapes, read_new, quantised)
+        renamed.nbytes = self.nbytes
+        return renamed
 
     def extended(self, other: "TensorFile") -> "TensorFile":
         """The tensors of this file and of `other`, whose tensors count where both have one; named as this file."""
@@ -142,19 +176,18 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
 
 
 def open_weights(path: str | Path) -> TensorFile:
-    """Opens a safetensors, GGUF or PyTorch file, told apart by content and not by name.
+    """Opens a safetensors, GGUF or PyTorch file, told apart by content and not by name, or the index
+    (`*.safetensors.index.json`) of a model in several files, or the folder of either (see `find_weights`).
 
     Raises LoadError for a missing, empty, truncated, damaged or foreign file.
     """
-    path = Path(path)
-    if path.name.endswith(".safetensors.index.json"):
-        raise LoadError(f"{path.name} is the index of a model in several files, which this version cannot open. "
-                        "Use the model in one file.")
+    path = find_weights(Path(path))
     if not path.exists():
         raise LoadError(f"{path.name} does not exist. Check the path and the file's name.")
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "no regular file"
-        raise LoadError(f"{path.name} is {what}. Choose a file of model weights.")
+        raise LoadError(f"{path.name} is no regular file. Choose a file of model weights.")
+    if path.name.endswith(INDEX_ENDING):
+        return _open_sharded(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -174,8 +207,26 @@ def open_weights(path: str | Path) -> TensorFile:
     for magic, what, advice in _FOREIGN:
         if text.startswith(magic):
             raise LoadError(f"{path.name} {what}. {advice}")
-    raise LoadError(f"{path.name} ({human_size(size)}) is neither a safetensors, GGUF nor PyTorch file, or its beginning "
-                    "is damaged. Choose a .safetensors file or, if this should be one, download it again.")
+    raise LoadError(f"{path.name} ({human_size(size)}) is neither a safetensors, GGUF nor PyTorch file, or its "
+                    "beginning is damaged. Choose a .safetensors file or, if this should be one, download it again.")
+
+
+def _open_sharded(path: Path) -> TensorFile:
+    index = read_index(path)
+    shards = {}
+    for shard in dict.fromkeys(index.values()):
+        part = shards[shard] = open_weights(path.with_name(shard))
+        if part.format != "safetensors":
+            raise LoadError(f"{shard} is no safetensors file, as {path.name} says. {_AGAIN}")
+    check_contents(path, index, {shard: part.names for shard, part in shards.items()})
+    metadata, dtypes, shapes = {}, {}, {}
+    for part in shards.values():
+        metadata.update(part.metadata)
+        dtypes.update(part.dtypes())
+        shapes.update(part.shapes())
+    whole = TensorFile(path, "safetensors", metadata, dtypes, shapes, lambda name: shards[index[name]][name])
+    whole.nbytes = sum(part.nbytes for part in shards.values())
+    return whole
 
 
 def _open_safetensors(path: Path, size: int) -> TensorFile:

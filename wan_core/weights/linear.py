@@ -1,0 +1,71 @@
+"""Linear layers and embeddings over weights that stay as they are stored.
+
+They take the place of a model's own layers when a file with quantised weights is loaded: the numbers of one weight are
+made when its layer runs and forgotten after it, so a model needs little more memory than its file. What is done with
+the numbers is the replaced layer's own `product`, so each room's rules of precision hold for every format.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .quantised import Quantised
+
+
+class QuantisedLinear(nn.Module):
+    """Stands for `layer`, a linear layer with a function `product(x, weight, bias, **options)`.
+
+    The weight is made in `dtype`. The bias is the layer's own.
+    """
+
+    def __init__(self, layer: nn.Linear, weight: Quantised, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.product = layer.product
+        self.bias = layer.bias
+        self.dtype = dtype
+        self._stored = _Stored(weight)
+
+    @property
+    def device(self) -> torch.device:
+        return self._stored.device
+
+    @property
+    def stored(self) -> Quantised:
+        """The weight as it is kept."""
+        return self._stored.weight
+
+    def forward(self, x: Tensor, **options: object) -> Tensor:
+        """x [..., in] -> [..., out]; `options` are those of the layer that this one stands for."""
+        weight = self._stored.weight.dequantise(self.dtype)
+        return self.product(x, weight, self.bias, **options)
+
+
+class QuantisedEmbedding(nn.Module):
+    """Rows of a quantised table; only those that are asked for are ever made. `dtype` is that of the result."""
+
+    def __init__(self, weight: Quantised, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self._stored = _Stored(weight)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """index [...] -> [..., columns]."""
+        return self._stored.weight.rows(index.to(self._stored.device), self.dtype)
+
+
+class _Stored(nn.Module):
+    """A quantised weight whose parts are buffers, so that what moves modules moves them."""
+
+    def __init__(self, weight: Quantised) -> None:
+        super().__init__()
+        self._scheme, self._shape = weight.scheme, weight.shape
+        for name, part in weight.parts.items():
+            self.register_buffer(name, part)
+
+    @property
+    def weight(self) -> Quantised:
+        return Quantised(self._scheme, self._shape, dict(self._buffers))
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._buffers.values())).device

@@ -1,0 +1,138 @@
+"""Writes converted weights into a new file, one tensor at a time: memory never holds the model.
+
+FP8 goes into safetensors under the names of the `scaled_fp8` format, which ComfyUI's own loader reads; block formats
+into GGUF by the gguf package. The file is complete or not there: it is written beside its destination and renamed.
+"""
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from .convert import TARGETS, Target, converted
+from .quantised import Quantised
+from .safetensors_header import DTYPES
+from .tensor_file import TensorFile
+
+OnTensor = Callable[[int, int], None]
+
+_GGUF_KINDS = MappingProxyType({
+    torch.bfloat16: gguf.GGMLQuantizationType.BF16, torch.float16: gguf.GGMLQuantizationType.F16})
+_GGUF_DTYPES = MappingProxyType({
+    gguf.GGMLQuantizationType.F32: torch.float32, **{kind: dtype for dtype, kind in _GGUF_KINDS.items()}})
+_CODES = {getattr(torch, name): code for code, name in DTYPES.items() if hasattr(torch, name)}
+
+
+def write_quantised(file: TensorFile, form: str, path: Path, on_tensor: OnTensor) -> int:
+    """Write `file`, under official names, to `path` with its matrices in the format `form`; returns its bytes.
+
+    `on_tensor(done, of)` is called after each tensor. Raises ValueError for what `converted` refuses, for weights that
+    are quantised already, and a path with another ending than the format's; OSError if it cannot be written.
+    """
+    whole = converted(file, form)
+    target = TARGETS[form]
+    if path.suffix != f".{target.container}":
+        raise ValueError(f"{form} is written to a .{target.container} file; {path.name} ends differently.")
+    if file.quantised:
+        some = next(iter(file.quantised))
+        raise ValueError(f"{file.path.name} is quantised already ({some} is {file.quantised[some]}). Quantise the "
+                         "bfloat16 file of the model: every further step would add its own loss.")
+    if path.exists() and path.samefile(file.path):
+        raise ValueError(f"{path.name} is the file that is read; choose another name.")
+    with _replacing(path) as temporary:
+        (_write_gguf if target.container == "gguf" else _write_safetensors)(whole, target, temporary, on_tensor)
+    return path.stat().st_size
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` that becomes `path` if all goes well and nothing otherwise."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path.name} could not be written: {error.strerror or error}. Free some space or choose another "
+                      "folder; nothing was left behind.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _pieces(name: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under which names the parts of an FP8 weight stand in a file."""
+    named = {name: parts["codes"]}
+    if "scale" in parts:
+        named[f"{name.removesuffix('weight')}scale_weight"] = parts["scale"]
+    return named
+
+
+def _write_safetensors(file: TensorFile, target: Target, path: Path, on_tensor: OnTensor) -> None:
+    """Layout: see `safetensors_header`. Types and sizes follow from shapes alone, so the header comes first."""
+    header: dict[str, object] = {"__metadata__": {**file.metadata, "format": "pt"}}
+    # Two numbers say that the weights are to be multiplied out, as long as no scales of the inputs are known.
+    marker = {"scaled_fp8": torch.zeros(2, dtype=target.scheme.dtype)} if target.scaled else {}
+    position = 0
+    for name, shape in file.shapes().items():
+        dtype = torch.float32 if name in file.quantised else file.dtypes()[name]
+        empty = torch.empty(shape, dtype=dtype, device="meta")
+        pieces = _pieces(name, target.parts(empty)) if name in file.quantised else {name: empty}
+        for piece, tensor in {**pieces, **marker}.items():
+            if piece not in header:
+                header[piece] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape),
+                                 "data_offsets": [position, position := position + tensor.nbytes]}
+    text = json.dumps(header).encode()
+    # Readers want the data to begin at a multiple of 8.
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for index, name in enumerate(file):
+            tensor = file[name]
+            pieces = _pieces(name, tensor.parts) if isinstance(tensor, Quantised) else {name: tensor}
+            for piece in (*pieces.values(), *(marker.values() if not index else ())):
+                stream.write(_bytes(piece).data)
+            on_tensor(index + 1, len(file))
+
+
+def _write_gguf(file: TensorFile, target: Target, path: Path, on_tensor: OnTensor) -> None:
+    """As published files of Wan: architecture "wan", small tensors in float32, the others as they are."""
+    writer = gguf.GGUFWriter(path, "wan")
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    kinds = {}
+    for name, shape in file.shapes().items():
+        kinds[name] = kind = _gguf_kind(file, name, shape)
+        block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        count = math.prod(shape) // block * nbytes
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), count, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for index, name in enumerate(file):
+        tensor = file[name]
+        stored = tensor.parts["raw"] if isinstance(tensor, Quantised) else tensor.to(_GGUF_DTYPES[kinds[name]])
+        writer.write_tensor_data(_bytes(stored))
+        on_tensor(index + 1, len(file))
+    writer.close()
+
+
+def _gguf_kind(file: TensorFile, name: str, shape: tuple[int, ...]) -> gguf.GGMLQuantizationType:
+    if name in file.quantised:
+        return gguf.GGMLQuantizationType[file.quantised[name]]
+    dtype = file.dtypes()[name]
+    if len(shape) == 1 or name.endswith("modulation") or dtype not in _GGUF_KINDS:
+        return gguf.GGMLQuantizationType.F32
+    return _GGUF_KINDS[dtype]
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()
