@@ -10,7 +10,6 @@ file: taking a model off the device means to drop it, and nothing is copied back
 """
 
 import logging
-import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,7 +48,7 @@ log = logging.getLogger(__name__)
 BUNDLED = {
     "diffusion_models": (*nano.TRANSFORMERS, nano.VACE_MODULE),
     "text_encoders": (nano.TEXT_ENCODER,),
-    "vae": (nano.VAE,),
+    "vae": (nano.VAE, nano.VAE22),
     "clip_vision": (nano.CLIP_VISION,),
 }
 
@@ -286,8 +285,8 @@ class ManagedPlacement:
         tenant.part = tenant.dtype = tenant.placed = tenant.patcher = tenant.run = None
 
     def _register(self, part: Part, dtype: torch.dtype, placed: _Placed) -> object:
-        size = sum(math.prod(shape) for shape in part.file.shapes().values()) * dtype.itemsize
-        patcher = comfy.model_patcher.ModelPatcher(WanWeights(), self.device, self.offload_device, size=size)
+        patcher = comfy.model_patcher.ModelPatcher(WanWeights(), self.device, self.offload_device,
+                                                   size=part.size(dtype))
         patcher.add_callback(CallbacksMP.ON_DETACH, placed.drop)
         return patcher
 

@@ -1,4 +1,4 @@
-"""The shell: `python -m wan_core generate "..." --out clip.mp4` and `python -m wan_core inspect FILE`."""
+"""The shell: `python -m wan_core generate "..." --out clip.mp4`, `... inspect FILE` and `... quantize IN OUT`."""
 
 import argparse
 import logging
@@ -30,7 +30,7 @@ from .sampling import SOLVERS, Step
 from .vae import Tiling
 from .video import check_video_path, read_video
 from .visuals import Visuals
-from .weights import describe, format_report
+from .weights import TARGETS, describe, format_report, human_size, open_model, write_quantised
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="say what a model file is")
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("file", type=Path)
+    quantize = commands.add_parser("quantize", help="write a smaller file of a transformer",
+                                   description="Quantise the matrices of a transformer's blocks and write a new file; "
+                                               "FP8 as .safetensors, Q8_0 and Q4_0 as .gguf.")
+    quantize.set_defaults(run=_quantize)
+    quantize.add_argument("input", type=Path, help="BF16, FP16 or FP32 file")
+    quantize.add_argument("output", type=Path, help="file to write")
+    quantize.add_argument("--format", choices=list(TARGETS), required=True)
     return parser
 
 
@@ -77,6 +84,7 @@ def _add_inputs(make: argparse.ArgumentParser) -> None:
     files.add_argument("--vace-low", help="VACE module of the low-noise expert (default: the same)")
     files.add_argument("--text-encoder", default=NANO, help="UMT5 file (default: %(default)s)")
     files.add_argument("--tokenizer", help="SentencePiece file, if the text encoder's file holds none")
+    files.add_argument("--weights", choices=list(TARGETS), help="quantise the transformer's matrices when it is loaded")
     files.add_argument("--preset", choices=list(PRESETS), metavar="NAME",
                        help="which preset, where several share the file's architecture")
     shown = make.add_argument_group("pictures and videos", "files of any format that ffmpeg reads")
@@ -165,6 +173,8 @@ def _visuals(options: argparse.Namespace) -> Visuals:
 
 def _load_transformer(options: argparse.Namespace, placement: OneAtATime) -> Model:
     model = _load_files(options, placement)
+    if options.weights is not None:
+        model = model.quantised(options.weights)
     if options.vace is None:
         if options.vace_low is not None:
             raise ValueError("--vace-low is the VACE module of the low-noise expert, and the high-noise expert's, "
@@ -187,6 +197,13 @@ def _load_files(options: argparse.Namespace, placement: OneAtATime) -> Model:
 
 def _inspect(options: argparse.Namespace) -> None:
     print(format_report(describe(options.file)))
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    file, _ = open_model(options.input, "transformer")
+    with tqdm(total=len(file), unit="tensor") as bar:
+        written = write_quantised(file, options.format, options.output, lambda done, of: bar.update(done - bar.n))
+    print(f"{options.output}: {human_size(written)} of {human_size(file.nbytes)}")
 
 
 def _size(text: str) -> tuple[int, int]:

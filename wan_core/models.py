@@ -6,7 +6,7 @@ runs, by the handle's placement. Changed copies (`dataclasses.replace`) share th
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,10 +25,12 @@ from .weights import (
     TensorFile,
     build_module,
     check_tensors,
+    converted,
     load_module,
     open_model,
     open_vace_module,
 )
+from .weights.lora import Lora, LoraFile, adapt
 
 NANO = "nano"
 
@@ -71,16 +73,28 @@ class Part:
                 counts[dtype] += math.prod(shapes[name])
         return counts.most_common(1)[0][0] if counts else torch.float32
 
+    def quantised(self, form: str) -> "Part":
+        """A copy whose matrices are quantised when they are read; see `wan_core.weights.converted`."""
+        return replace(self, file=converted(self.file, form))
+
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The module on `device`, computing in `dtype`, its weights read from the file."""
-        def dtype_for(name: str, stored: torch.dtype) -> torch.dtype:
-            island = isinstance(self.spec, TransformerSpec) and any(part in name for part in _FLOAT32_ISLANDS)
-            # A text encoder computes in float32 from weights kept as they are stored.
-            if not island and not isinstance(self.spec, TextEncoderSpec):
-                return dtype
-            return torch.float32 if name in self.file.quantised else stored
+        return load_module(build_module(self.spec), self.file, device=device,
+                           dtype_for=lambda name, stored: self._kept_in(name, stored, dtype)).eval()
 
-        return load_module(build_module(self.spec), self.file, dtype_for=dtype_for, device=device).eval()
+    def size(self, dtype: torch.dtype) -> int:
+        """Bytes of the weights of the module that `build` makes."""
+        stored, shapes = self.file.dtypes(), self.file.shapes()
+        return sum(self.file.size(name) if name in self.file.quantised else
+                   math.prod(shapes[name]) * self._kept_in(name, stored[name], dtype).itemsize for name in shapes)
+
+    def _kept_in(self, name: str, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+        """The type of a tensor in a module that computes in `dtype`; for a quantised one, that of its numbers."""
+        island = isinstance(self.spec, TransformerSpec) and any(part in name for part in _FLOAT32_ISLANDS)
+        # A text encoder computes in float32 from weights kept as they are stored.
+        if not island and not isinstance(self.spec, TextEncoderSpec):
+            return dtype
+        return torch.float32 if name in self.file.quantised else stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +110,7 @@ class Model:
     placement: Placement
     dtype: str = "auto"
     attention: str = "sdpa"
+    loras: tuple[Lora, ...] = ()
 
     def __post_init__(self) -> None:
         check_backend(self.attention)
@@ -118,14 +133,40 @@ class Model:
     def latent_stats(self) -> LatentStats:
         return LatentStats.of(self.vae_spec)
 
+    def quantised(self, form: str) -> "Model":
+        """A copy whose matrices are quantised on load: "fp8_scaled", "q8_0" and so on.
+
+        Raises ValueError for an unknown format, or where nothing is left to quantise.
+        """
+        low = self.low.quantised(form)
+        return replace(self, low=low, high=low if self.high is self.low else self.high.quantised(form))
+
     def name_at(self, timestep: float) -> str:
         """'high' or 'low': which expert works at `timestep` (0..1000). A single model is 'low' throughout."""
         return "high" if self.boundary is not None and timestep >= self.boundary * 1000 else "low"
 
-    def get(self, name: str) -> WanTransformer:
-        """The expert, ready to run on the placement's device."""
+    def with_lora(self, file: LoraFile, strength: float = 1.0, low: float | None = None, *, start: float = 1.0,
+                  end: float = 0.0, blocks: str = "") -> "Model":
+        """A copy with one LoRA more, of which `low` is the low-noise expert's strength, if it is another one.
+
+        See `Lora` for the rest. Raises ValueError, before anything is loaded, where the file fits neither expert.
+        """
+        strengths = {"high": strength, "low": strength if low is None else low}
+        parts = {"high": self.high, "low": self.low} if self.preset.experts else {"low": self.low}
+        matched = {name: file.match(part.file.shapes(), name if self.preset.experts else None)
+                   for name, part in parts.items()}
+        return replace(self, loras=(*self.loras, Lora(file, matched, strengths, start, end, blocks)))
+
+    def get(self, name: str, sigma: float = 0.0) -> WanTransformer:
+        """The expert, ready to run on the placement's device at a noise level; until the next call of any copy."""
         part = self.high if name == "high" else self.low
-        return self.placement.place(part, working_dtype(self.dtype, part.stored_dtype, self.placement.device))
+        module = self.placement.place(part, working_dtype(self.dtype, part.stored_dtype, self.placement.device))
+        adapt(module, self.loras, name, sigma)
+        return module
+
+    def state(self, name: str, sigma: float) -> Hashable:
+        """Equal for noise levels at which `get` gives the same weights."""
+        return name, tuple(lora.strength_at(name, sigma) for lora in self.loras)
 
     def check_latents(self, latents: Tensor) -> None:
         """Raise ValueError unless `latents` [B, C, T, H, W] fit this model, before anything is loaded."""

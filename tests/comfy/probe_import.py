@@ -30,8 +30,9 @@ def main() -> None:
     sys.argv = [f"{checkout}/main.py", "--cpu"]
     import comfy.options
     comfy.options.enable_args_parsing()
-    import nodes  # noqa: F401 - the core's nodes, and with them torch and all of comfy
     import torch
+
+    import nodes  # noqa: F401 - the core's nodes, and with them torch and all of comfy
 
     recorder = Recorder()
     logging.getLogger().addHandler(recorder)

@@ -45,7 +45,10 @@ class Experts:
     def name_at(self, timestep):
         return "high" if timestep >= self.boundary * 1000 else "low"
 
-    def get(self, name):
+    def state(self, name, sigma):
+        return name
+
+    def get(self, name, sigma):
         self.got.append(name)
         return self._placement.place(self._parts[name], torch.float32)
 
@@ -149,7 +152,7 @@ def test_scale_one_needs_no_negative_prompt(experts):
 
 def velocity(experts, latents, sigma, condition):
     """The transformer's own answer, one call."""
-    model = experts.get(experts.name_at(1000 * sigma))
+    model = experts.get(experts.name_at(1000 * sigma), sigma)
     context = condition.context.expand(latents.shape[0], -1, -1)
     return model(ModelInputs(latents, torch.full((latents.shape[0],), 1000 * sigma), model.prepare_text(context)))
 

@@ -156,7 +156,7 @@ def canvas(side, frames=9):
     return clip
 
 
-@pytest.fixture(scope="module", params=[nano.VAE], ids=["wan21"])
+@pytest.fixture(scope="module", params=[nano.VAE, nano.VAE22], ids=["wan21", "wan22"])
 def trained(request):
     """A bundled VAE, a clip of 16x16 latent pixels, and the clip's latents."""
     vae = load_vae(request.param).module()

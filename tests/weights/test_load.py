@@ -144,7 +144,7 @@ def test_transformers_layout_of_the_text_encoder(tmp_path, embedding):
     stored = {"spiece_model": torch.zeros(5, dtype=torch.uint8)}
     for theirs, ours in UMT5_TRANSFORMERS.items():
         for block in range(spec.num_layers if "{}" in theirs else 1):
-            stored[theirs.replace("{}", str(block))] = expected[ours.replace("{}", str(block))]
+            stored[f"{theirs}.weight".format(block)] = expected[f"{ours}.weight".format(block)]
     if embedding == "both":
         stored["encoder.embed_tokens.weight"] = stored["shared.weight"].clone()
     else:

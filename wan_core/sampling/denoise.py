@@ -5,7 +5,7 @@ boundary * 1000), its velocity is guided away from the negative prompt, and the 
 saved or stopped from outside enters through two callables; the loop knows no host.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,7 +26,9 @@ class Experts(Protocol):
 
     def name_at(self, timestep: float) -> str: ...
 
-    def get(self, name: str) -> WanTransformer: ...
+    def get(self, name: str, sigma: float) -> WanTransformer: ...
+
+    def state(self, name: str, sigma: float) -> Hashable: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +77,9 @@ def denoise(experts: Experts, latents: Tensor, schedule: Schedule, conditions: C
     for index, name in enumerate(names):
         # The last step's expert must not be held here while the next one is made ready: there is room for one.
         model = None
-        model, sigma = experts.get(name), float(schedule.sigmas[index])
+        sigma = float(schedule.sigmas[index])
+        model = experts.get(name, sigma)
+        prepared.hold_for(experts.state(name, sigma))
         timestep = schedule.timesteps[index].to(sample.device).expand(sample.shape[0])
         if known:
             sample, timestep = known.blend(sample, sigma), known.timesteps(timestep)
@@ -83,7 +87,7 @@ def denoise(experts: Experts, latents: Tensor, schedule: Schedule, conditions: C
         def velocity_for(branch: Sequence[TextCondition]) -> Tensor:
             total = 0.0
             for condition, share in active(branch, sigma):
-                inputs = prepared.inputs(name, model, condition, sample, timestep, sigma)
+                inputs = prepared.inputs(model, condition, sample, timestep, sigma)
                 velocity = model(inputs, backend=backend, on_block=on_block)
                 total = velocity if share == 1 else total + velocity * share
             return total
@@ -104,25 +108,30 @@ def denoise(experts: Experts, latents: Tensor, schedule: Schedule, conditions: C
 
 
 class _Prepared:
-    """What the conditions of a run have prepared, once for each expert."""
+    """What the conditions of a run have prepared, once for each state of the weights."""
 
     def __init__(self) -> None:
-        self._done: dict[tuple[str, int], TextTokens | Tensor] = {}
+        self._done: dict[int, TextTokens | Tensor] = {}
+        self._state: Hashable = None
 
-    def inputs(self, expert: str, model: WanTransformer, condition: TextCondition, sample: Tensor, timestep: Tensor,
+    def hold_for(self, state: Hashable) -> None:
+        """Forget what was prepared by weights in another state."""
+        if state != self._state:
+            self._done, self._state = {}, state
+
+    def inputs(self, model: WanTransformer, condition: TextCondition, sample: Tensor, timestep: Tensor,
                sigma: float) -> ModelInputs:
         """The inputs of `model` for one prompt and what holds beside it."""
         def text() -> TextTokens:
             return model.prepare_text(condition.context.expand(sample.shape[0], -1, -1))
 
-        inputs = ModelInputs(sample, timestep, self._once(expert, condition, text))
+        inputs = ModelInputs(sample, timestep, self._once(condition, text))
         for other in condition.beside:
-            prepared = self._once(expert, other, lambda other=other: other.prepare(model, sample))
+            prepared = self._once(other, lambda other=other: other.prepare(model, sample))
             inputs = other.add(inputs, prepared, sigma)
         return inputs
 
-    def _once(self, expert: str, condition: object, prepare: Callable[[], TextTokens | Tensor]) -> TextTokens | Tensor:
-        key = expert, id(condition)
-        if key not in self._done:
-            self._done[key] = prepare()
-        return self._done[key]
+    def _once(self, condition: object, prepare: Callable[[], TextTokens | Tensor]) -> TextTokens | Tensor:
+        if id(condition) not in self._done:
+            self._done[id(condition)] = prepare()
+        return self._done[id(condition)]

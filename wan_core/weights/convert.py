@@ -88,6 +88,11 @@ class Conversion:
     def scheme(self) -> Scheme:
         return self.target.scheme
 
+    def nbytes(self, file: TensorFile) -> int:
+        """See `Recipe`."""
+        parts = self.target.parts(torch.empty(self.shape, device="meta"))
+        return sum(part.nbytes for part in parts.values())
+
     def read(self, read: Callable[[str], Tensor | Quantised]) -> Quantised:
         """The quantised weight, from a function that gives the one in the file."""
         return Quantised(self.target.scheme, self.shape, self.target.parts(dense(read(self.name), torch.float32)))

@@ -47,10 +47,10 @@ class GGUFContents:
         return {name: str(value) for name, value in self.header.values.items() if not isinstance(value, list)}
 
     @property
-    def formats(self) -> dict[str, str]:
-        """The block format of each tensor that has one."""
-        return {name: _BLOCKS[tensor.kind].name for name, tensor in self.header.tensors.items()
-                if tensor.kind in _BLOCKS}
+    def kept(self) -> dict[str, tuple[str, int]]:
+        """Block format and bytes of each tensor that has one."""
+        return {name: (_BLOCKS[tensor.kind].name, _nbytes(name, tensor.kind, tensor.shape))
+                for name, tensor in self.header.tensors.items() if tensor.kind in _BLOCKS}
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:

@@ -42,6 +42,7 @@ def describe(path: str | Path) -> FileReport:
     with open_weights(path) as original:
         prefix = strip_prefix(original.names)[0]
         file, recognition = recognise_file(original)
+    kinds = {name: file.quantised.get(name, str(dtype).removeprefix("torch.")) for name, dtype in file.dtypes().items()}
     shapes = {name: shape for name, shape in file.shapes().items() if not name.startswith(EXTRAS)}
     checked, differences, remark = False, ([], [], []), ""
     if recognition.spec is not None and not can_run(recognition.spec):
@@ -54,7 +55,7 @@ def describe(path: str | Path) -> FileReport:
     odd = unsupported_types(dtype for name, dtype in file.dtypes().items() if name in shapes)
     if odd:
         remark = f"{remark} {odd[0].upper()}{odd[1:]}.".strip()
-    counts = Counter(str(dtype).removeprefix("torch.") for dtype in file.dtypes().values())
+    counts = Counter(kinds.values())
     return FileReport(
         name=file.path.name, format=file.format, nbytes=file.nbytes, prefix=prefix, recognition=recognition,
         tensors=len(file), parameters=sum(math.prod(shape) for shape in shapes.values()),

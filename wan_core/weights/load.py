@@ -4,32 +4,37 @@ At no time does a second copy of the weights exist: the module is built on the m
 mapped file, or, where device or dtype differ, converted tensors one at a time.
 """
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..presets import Recognition, recognise, strip_prefix
+from ..presets import Recognition, foreign_dialect, recognise, strip_prefix
 from .build import build_module, can_run
-from .dialects import official_clip_names, official_umt5_names
+from .dialects import official_clip_names, official_names
 from .errors import LoadError, first_few
+from .linear import QuantisedEmbedding, QuantisedLinear
+from .quantised import Quantised, RowScheme
+from .scales import with_scales
+from .shards import find_weights
 from .tensor_file import TensorFile, open_weights
 
 COMPUTABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Tensors that repackaged files carry beside the weights: the tokenizer, and the marker of the scaled-FP8 format (which
-# is refused by its weights' type and needs no second complaint).
-EXTRAS = ("spiece_model", "scaled_fp8")
+# What repackaged files carry beside the weights: the tokenizer.
+EXTRAS = ("spiece_model",)
 
 
 def open_model(path: str | Path, kind: str) -> tuple[TensorFile, Recognition]:
     """Opens a checkpoint of `kind` under official tensor names; kinds are those of `Recognition`.
 
+    `path` is a file, the index of a model in several files, or a folder (see `find_weights`).
     Prefixes are stripped and known dialects translated. Raises LoadError where the file holds something else, an
     architecture that this version cannot run, or tensors that do not fill its module (see `load_module`), so that
     nobody waits for other models to run first; the text says what it seems to be. Reads no weights.
     """
-    file, recognition = recognise_file(open_weights(path))
+    file, recognition = recognise_file(open_weights(find_weights(Path(path), kind)))
     if recognition.kind != kind:
         wanted = {"vae": "VAE", "text_encoder": "text encoder", "clip_vision": "CLIP vision model"}.get(kind, kind)
         raise LoadError(f"{file.path.name} seems to be {recognition.reason}. Choose a file that holds a {wanted}.")
@@ -58,37 +63,67 @@ def open_vace_module(path: str | Path) -> TensorFile:
 
 def recognise_file(file: TensorFile) -> tuple[TensorFile, Recognition]:
     """`file` under official tensor names, without prefix, and what it seems to be."""
+    file = with_scales(file)
     try:
         _, mapping = strip_prefix(file.names)
+        file = file.renamed(mapping)
+        foreign = foreign_dialect(file.names)
+        if foreign:
+            file = file.renamed(official_names(file.names, *foreign))
     except ValueError as error:
         raise LoadError(f"{file.path.name}: {error}.") from error
-    file = file.renamed(mapping)
     recognition = recognise(file.shapes())
-    if recognition.kind == "text_encoder" and recognition.dialect == "transformers":
-        file = file.renamed(official_umt5_names(file.names))
+    if foreign:
+        recognition = replace(recognition, dialect=foreign[1])
     if recognition.kind == "clip_vision" and recognition.spec is not None:
         file = file.renamed(official_clip_names(file.names, recognition.dialect))
     return file, recognition
 
 
-def load_module(module: nn.Module, tensors: Mapping[str, Tensor], *,
+def load_module(module: nn.Module, tensors: Mapping[str, Tensor | Quantised], *,
                 dtype_for: Callable[[str, torch.dtype], torch.dtype] | None = None,
                 device: torch.device | str = "cpu", ignore: Iterable[str] = EXTRAS) -> nn.Module:
     """Fills `module` (built on the meta device) with `tensors`, named as the module's state dict; returns the module.
 
     `dtype_for(name, stored_dtype)` says in which type a tensor is kept; without it, in the stored one. A tensor that
-    already has that type on that device is not copied. Names that begin with one of `ignore` are skipped.
-    Parameters come out frozen (`requires_grad` False).
+    already has that type on that device is not copied. Quantised weights of linear layers and embeddings stay as they
+    are stored, and the layer computes in that type; others are made dense. Names that begin with one of `ignore` are
+    skipped. Parameters come out frozen (`requires_grad` False).
 
     Raises LoadError, before anything is assigned, that names the first few missing, unexpected and misshapen tensors
     and those of a type that cannot be computed with, and says what the file seems to be.
     """
     check_tensors(module, tensors, ignore)
+    types = _dtypes(tensors)
     for name, target in module.state_dict(keep_vars=True).items():
-        tensor = tensors[name]
-        dtype = dtype_for(name, tensor.dtype) if dtype_for else tensor.dtype
+        tensor, stored = tensors[name], types[name]
+        dtype = dtype_for(name, stored) if dtype_for else stored
+        if isinstance(tensor, Quantised):
+            try:
+                tensor.check()
+            except ValueError as error:
+                raise LoadError(f"{_label(tensors)}: {name} cannot be used: {error}. Download it again.") from error
+            tensor = tensor.to(device)
+            if _replace(module, name, tensor, dtype):
+                continue
+            tensor = tensor.dequantise(dtype)
         _assign(module, name, tensor.to(device=device, dtype=dtype), isinstance(target, nn.Parameter))
     return module
+
+
+def _replace(module: nn.Module, name: str, weight: Quantised, dtype: torch.dtype) -> bool:
+    """Puts a layer for quantised weights in the place of the one that `name` belongs to, if there is such a layer."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf == "weight" and isinstance(owner, nn.Embedding) and isinstance(weight.scheme, RowScheme):
+        layer = QuantisedEmbedding(weight, dtype)
+    elif leaf == "weight" and hasattr(owner, "product"):
+        layer = QuantisedLinear(owner, weight, dtype)
+    else:
+        return False
+    parent, _, own = path.rpartition(".")
+    setattr(module.get_submodule(parent), own, layer)
+    return True
 
 
 def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], ignore: Iterable[str] = EXTRAS) -> None:
@@ -98,9 +133,12 @@ def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], ignore: Iter
     found = {name: shape for name, shape in _shapes(tensors).items() if not name.startswith(ignore)}
     problems = _problems(targets, found, _dtypes(tensors))
     if problems:
-        label = tensors.path.name if isinstance(tensors, TensorFile) else "The set of tensors"
-        raise LoadError(f"{label} does not fit {type(module).__name__}: {'; '.join(problems)}. "
+        raise LoadError(f"{_label(tensors)} does not fit {type(module).__name__}: {'; '.join(problems)}. "
                         f"It seems to be {recognise(found).reason}.")
+
+
+def _label(tensors: Mapping[str, Tensor | Quantised]) -> str:
+    return tensors.path.name if isinstance(tensors, TensorFile) else "The set of tensors"
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

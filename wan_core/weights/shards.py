@@ -14,6 +14,7 @@ from .errors import LoadError, first_few, human_size
 INDEX_ENDING = ".safetensors.index.json"
 MAX_INDEX = 32_000_000
 MAX_SHARDS = 1000
+MAX_NAME = 200
 
 # Where the folder of a whole model in the layout of diffusers keeps its parts, by the kinds of `Recognition`.
 PART_FOLDERS = {"transformer": "transformer", "vae": "vae", "text_encoder": "text_encoder",
@@ -92,8 +93,9 @@ def _check_shards(path: Path, shards: Collection[str]) -> None:
                         f"{_AGAIN}")
     for shard in shards:
         # A file's bare name and nothing that could lead anywhere else, on any system.
-        if not shard.endswith(".safetensors") or set(shard) & set('/\\:\0') or shard.startswith("."):
-            raise LoadError(f"{path.name} names {shard!r}, which is no safetensors file in its own folder; it is "
+        if (not shard.endswith(".safetensors") or set(shard) & set("/\\:") or shard.startswith(".")
+                or not shard.isprintable() or len(shard) > MAX_NAME):
+            raise LoadError(f"{path.name} names {shard[:80]!r}, which is no safetensors file in its own folder; it is "
                             f"refused, because it could lead to any file. {_AGAIN}")
     missing = [shard for shard in shards if not (path.parent / shard).is_file()]
     if missing:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -51,6 +51,13 @@ class Joined:
         return self.layout(whole) if self.layout else whole
 
 
+class Kept(NamedTuple):
+    """What a quantised weight is stored as, and how many bytes its parts take."""
+
+    format: str
+    nbytes: int
+
+
 class Recipe(Protocol):
     """A quantised weight that is put together whenever it is asked for."""
 
@@ -59,6 +66,9 @@ class Recipe(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+    def nbytes(self, file: "TensorFile") -> int:
+        """Bytes of its parts; reads nothing."""
 
     def read(self, read: Callable[[str], Tensor | Quantised]) -> Quantised:
         """The weight, from a function that gives the tensors of the file."""
@@ -71,6 +81,10 @@ class Parts:
     scheme: Scheme
     shape: tuple[int, ...]
     names: Mapping[str, str]
+
+    def nbytes(self, file: "TensorFile") -> int:
+        """See `Recipe`."""
+        return sum(file.size(name) for name in self.names.values())
 
     def read(self, read: Callable[[str], Tensor | Quantised]) -> Quantised:
         """The weight, from a function that gives each of `names`."""
@@ -88,11 +102,12 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
 
     def __init__(self, path: Path, format: str, metadata: dict[str, str], dtypes: dict[str, torch.dtype],
                  shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor | Quantised],
-                 quantised: Mapping[str, str] | None = None):
+                 kept: "Mapping[str, Kept] | None" = None):
         self.path, self.format, self.metadata = path, format, metadata
         self.nbytes = path.stat().st_size
         self._dtypes, self._shapes, self._read = dtypes, shapes, read
-        self.quantised = dict(quantised or {})
+        self._kept = dict(kept or {})
+        self.quantised = {name: what.format for name, what in self._kept.items()}
 
     def __getitem__(self, name: str) -> Tensor | Quantised:
         if self._read is None:
@@ -120,21 +135,28 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
     def dtypes(self) -> Mapping[str, torch.dtype]:
         return MappingProxyType(self._dtypes)
 
+    def size(self, name: str) -> int:
+        """Bytes of a tensor as it is stored; nothing is read."""
+        if name in self._kept:
+            return self._kept[name].nbytes
+        return math.prod(self._shapes[name]) * self._dtypes[name].itemsize
+
     def renamed(self, mapping: Mapping[str, "str | Joined | Recipe"]) -> "TensorFile":
         """The same file under other names: `mapping` gives for each new name the one in the file; others are left out.
 
         A `Joined` or `Recipe` in place of a name stands for a tensor that is put together whenever it is asked for.
         Both stay open on their own. Raises LoadError where tensors cannot be joined.
         """
-        read, dtypes, shapes, quantised = self._read, {}, {}, {}
+        read, dtypes, shapes, kept = self._read, {}, {}, {}
         for new, old in mapping.items():
             if isinstance(old, str):
                 dtypes[new], shapes[new] = self._dtypes[old], self._shapes[old]
-                if old in self.quantised:
-                    quantised[new] = self.quantised[old]
+                if old in self._kept:
+                    kept[new] = self._kept[old]
                 continue
             if not isinstance(old, Joined):
-                dtypes[new], shapes[new], quantised[new] = torch.bfloat16, old.shape, old.scheme.name
+                dtypes[new], shapes[new] = torch.bfloat16, old.shape
+                kept[new] = Kept(old.scheme.name, old.nbytes(self))
                 continue
             # Shape and type of the result, without any data.
             parts = {name: torch.empty(self._shapes[name], dtype=self._dtypes[name], device="meta")
@@ -151,7 +173,7 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
             old = mapping[name]
             return read(old) if isinstance(old, str) else old.read(read)
 
-        renamed = TensorFile(self.path, self.format, self.metadata, dtypes, shapes, read_new, quantised)
+        renamed = TensorFile(self.path, self.format, self.metadata, dtypes, shapes, read_new, kept)
         renamed.nbytes = self.nbytes
         return renamed
 
@@ -160,7 +182,7 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
         both = TensorFile(self.path, self.format, self.metadata, {**self._dtypes, **other._dtypes},
                           {**self._shapes, **other._shapes},
                           lambda name: other[name] if name in other else self[name],
-                          {**self.quantised, **other.quantised})
+                          {**self._kept, **other._kept})
         both.nbytes = self.nbytes + other.nbytes
         return both
 
@@ -254,7 +276,7 @@ def _open_gguf(path: Path) -> TensorFile:
     except HeaderError as error:
         raise _load_error(path, error) from error
     return TensorFile(path, "gguf", contents.metadata, contents.dtypes, contents.shapes, contents.read,
-                      contents.formats)
+                      {name: Kept(*what) for name, what in contents.kept.items()})
 
 
 def _load_error(path: Path, error: HeaderError) -> LoadError:

@@ -1,0 +1,11 @@
+"""LoRA files of every trainer, read into one neutral form: adapters of official tensors."""
+from .adapters import Adapter, Additive, Delta, DoRA, LoHa, LoKr, LowRank, Replacement
+from .file import Entry, LoraFile, Matched, Skipped, open_lora
+from .filters import BlockFilter, parse_filter
+from .keys import Target
+from .stack import Lora, adapt
+
+__all__ = [
+    "Adapter", "Additive", "BlockFilter", "Delta", "DoRA", "Entry", "LoHa", "LoKr", "Lora", "LoraFile", "LowRank", "Matched",
+    "Replacement", "Skipped", "Target", "adapt", "open_lora", "parse_filter",
+]
