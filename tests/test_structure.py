@@ -39,7 +39,7 @@ MAY_IMPORT = {
                  "video", "vision", "visuals", "weights"},
     "visuals": {"conditioning", "models"},
     "pipeline": {"conditioning", "memory", "models", "nano", "presets", "sampling", "video", "visuals"},
-    "__init__": {"models", "pipeline", "visuals"},
+    "__init__": {"models", "pipeline", "visuals", "weights"},
     "__main__": {"conditioning", "dit", "memory", "models", "pipeline", "presets", "sampling", "training", "vae",
                  "video", "visuals", "weights"},
 }

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from .memory import OneAtATime
 from .models import (
     NANO,
     Model,
+    Part,
     add_vace,
     load_clip_vision,
     load_experts,
@@ -31,6 +33,9 @@ from .vae import Tiling
 from .video import check_video_path, read_video
 from .visuals import Visuals
 from .weights import TARGETS, describe, format_report, human_size, open_model, write_quantised
+from .weights.lora import format_match, open_lora
+
+log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     make.set_defaults(run=_generate)
     _add_inputs(make)
     _add_settings(make)
-    inspect = commands.add_parser("inspect", help="say what a model file is")
+    inspect = commands.add_parser("inspect", help="say what a model or LoRA file is",
+                                  description="Say what a model or LoRA file is, what is missing, in which formats its "
+                                              "weights are, and how much GPU memory they need.")
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("file", type=Path)
     quantize = commands.add_parser("quantize", help="write a smaller file of a transformer",
@@ -84,6 +91,9 @@ def _add_inputs(make: argparse.ArgumentParser) -> None:
     files.add_argument("--vace-low", help="VACE module of the low-noise expert (default: the same)")
     files.add_argument("--text-encoder", default=NANO, help="UMT5 file (default: %(default)s)")
     files.add_argument("--tokenizer", help="SentencePiece file, if the text encoder's file holds none")
+    files.add_argument("--lora", type=_lora, action="append", metavar="FILE[=STRENGTH[,LOW]]",
+                       help="LoRA file, how strong it is (default: 1), and how strong for the low-noise expert of a "
+                            "pair (default: the same); repeatable")
     files.add_argument("--weights", choices=list(TARGETS), help="quantise the transformer's matrices when it is loaded")
     files.add_argument("--preset", choices=list(PRESETS), metavar="NAME",
                        help="which preset, where several share the file's architecture")
@@ -175,12 +185,15 @@ def _load_transformer(options: argparse.Namespace, placement: OneAtATime) -> Mod
     model = _load_files(options, placement)
     if options.weights is not None:
         model = model.quantised(options.weights)
-    if options.vace is None:
-        if options.vace_low is not None:
-            raise ValueError("--vace-low is the VACE module of the low-noise expert, and the high-noise expert's, "
-                             "--vace, is missing.")
-        return model
-    return add_vace(model, options.vace, options.vace_low)
+    if options.vace is not None:
+        model = add_vace(model, options.vace, options.vace_low)
+    elif options.vace_low is not None:
+        raise ValueError("--vace-low is the VACE module of the low-noise expert, and the high-noise expert's, "
+                         "--vace, is missing.")
+    for path, strength, low in options.lora or ():
+        model = model.with_lora(open_lora(path), strength, low)
+        log.info("LoRA %s", format_match(model.loras[-1]))
+    return model
 
 
 def _load_files(options: argparse.Namespace, placement: OneAtATime) -> Model:
@@ -196,7 +209,11 @@ def _load_files(options: argparse.Namespace, placement: OneAtATime) -> Model:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    print(format_report(describe(options.file)))
+    report = describe(options.file)
+    memory = None
+    if report.complete and report.recognition.kind in ("transformer", "vae", "text_encoder", "clip_vision"):
+        memory = Part.open(options.file, report.recognition.kind).memory()
+    print(format_report(report, memory))
 
 
 def _quantize(options: argparse.Namespace) -> None:
@@ -211,6 +228,21 @@ def _size(text: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write WIDTHxHEIGHT, for example 832x480")
     return int(match[1]), int(match[2])
+
+
+def _lora(text: str) -> tuple[Path, float, float | None]:
+    """The file and its strengths, of which the second is None if not given; a path may hold '=', too."""
+    path, _, tail = text.rpartition("=")
+    try:
+        strengths = [float(part) for part in tail.split(",")]
+    except ValueError:
+        strengths = []
+    if not path or not strengths:
+        return Path(text), 1.0, None
+    if len(strengths) > 2 or not all(map(math.isfinite, strengths)):
+        raise argparse.ArgumentTypeError(f"{text!r} ends in no strength; write FILE=0.8, or FILE=1,0.5 for high and "
+                                         "low noise")
+    return Path(path), strengths[0], strengths[1] if len(strengths) == 2 else None
 
 
 def _guidance(text: str) -> tuple[float, float]:

@@ -21,6 +21,7 @@ from .text import Tokenizer, UMT5Encoder, encode_prompts
 from .vae import LatentStats, Tiling, WanVAE
 from .vision import CLIPVision, preprocess
 from .weights import (
+    TARGETS,
     LoadError,
     TensorFile,
     build_module,
@@ -88,6 +89,16 @@ class Part:
         return sum(self.file.size(name) if name in self.file.quantised else
                    math.prod(shapes[name]) * self._kept_in(name, stored[name], dtype).itemsize for name in shapes)
 
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights on a GPU: "as stored", in half precision, and quantised on load, where that differs."""
+        stored, half = self.stored_dtype, working_dtype("auto", self.stored_dtype, torch.device("cuda"))
+        sizes = {"as stored": self.size(stored)}
+        if not self.file.quantised:
+            sizes[str(half).removeprefix("torch.")] = self.size(half)
+            if isinstance(self.spec, TransformerSpec):
+                sizes |= {form: self.quantised(form).size(half) for form in TARGETS}
+        return {choice: size for choice, size in sizes.items() if choice == "as stored" or size != self.size(stored)}
+
     def _kept_in(self, name: str, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
         """The type of a tensor in a module that computes in `dtype`; for a quantised one, that of its numbers."""
         island = isinstance(self.spec, TransformerSpec) and any(part in name for part in _FLOAT32_ISLANDS)
@@ -149,8 +160,15 @@ class Model:
                   end: float = 0.0, blocks: str = "") -> "Model":
         """A copy with one LoRA more, of which `low` is the low-noise expert's strength, if it is another one.
 
-        See `Lora` for the rest. Raises ValueError, before anything is loaded, where the file fits neither expert.
+        See `Lora` for the rest. Raises ValueError, before anything is loaded, where the file fits neither expert, or
+        where it or its strengths are for a pair of experts and this is a single model.
         """
+        if not self.preset.experts and file.experts != ("both",):
+            raise LoadError(f"{file.path.name} holds adapters for a high- and a low-noise expert, and "
+                            f"{self.preset.title} is a single model. Choose a LoRA for one model, or open both experts.")
+        if not self.preset.experts and low is not None:
+            raise ValueError(f"{file.path.name} is given a strength of its own for low noise, and {self.preset.title} "
+                             "is a single model. Give one strength.")
         strengths = {"high": strength, "low": strength if low is None else low}
         parts = {"high": self.high, "low": self.low} if self.preset.experts else {"low": self.low}
         matched = {name: file.match(part.file.shapes(), name if self.preset.experts else None)

@@ -1,5 +1,6 @@
 """Our reading of LoRA files beside ComfyUI's: the same file merged into the same weights by both."""
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,11 @@ from wan_core.weights.lora import open_lora
 PROBE = LAUNCHER.parent / "probe_lora.py"
 SHAPE = SHAPES["t2v"]
 STRENGTH = 0.8
-FAMILIES = ("native", "kohya", "fun", "linear")
+FAMILIES = ("native", "kohya", "fun", "linear", "every_kind")
 
 
 def every_kind() -> dict[str, torch.Tensor]:
-    """A file in which each block has another kind of adapter, all of them with alpha or without."""
+    """A file in which the layers have all kinds of adapters, with alpha and without."""
     torch.manual_seed(2)
     tensors = {}
     for index, (module, (out, width)) in enumerate(LINEAR["t2v"].items()):
@@ -42,9 +43,10 @@ def every_kind() -> dict[str, torch.Tensor]:
             tensors[f"{name}.alpha"] = torch.tensor(2.0)
         if kind == 4:
             tensors[f"{name}.diff_b"] = random(out)
+    block = "diffusion_model.blocks.1"
     return tensors | {
-        "diffusion_model.blocks.0.self_attn.norm_q.diff": random(128), "diffusion_model.blocks.1.norm3.diff": random(128),
-        "diffusion_model.blocks.1.norm3.diff_b": random(128), "diffusion_model.blocks.1.modulation.diff": random(1, 6, 128),
+        f"{block}.self_attn.norm_q.diff": random(128), f"{block}.norm3.diff": random(128),
+        f"{block}.norm3.diff_b": random(128), f"{block}.modulation.diff": random(1, 6, 128),
         "diffusion_model.patch_embedding.diff": random(*SHAPE["patch_embedding.weight"])}
 
 
@@ -63,19 +65,25 @@ def plain(family: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "every kind"])
-def test_merged_weights_agree(comfyui, tmp_path, family):
-    """A file that both can read changes the same tensors, to the same numbers."""
+@pytest.fixture(scope="module")
+def folder(comfyui, tmp_path_factory) -> Path:
+    """A folder with a model, LoRA files, and what ComfyUI makes of them."""
+    folder = tmp_path_factory.mktemp("lora")
     torch.manual_seed(4)
-    weights = {name: torch.randn(shape) for name, shape in SHAPE.items()}
-    write(tmp_path / "model.safetensors", weights)
-    lora = write(tmp_path / "lora.safetensors", every_kind() if family == "every kind" else plain(family))
-    command = [comfyui.python, LAUNCHER, PROBE, comfyui.checkout, tmp_path / "model.safetensors", lora, str(STRENGTH),
-               tmp_path / "out.safetensors"]
+    write(folder / "model.safetensors", {name: torch.randn(shape) for name, shape in SHAPE.items()})
+    for family in FAMILIES:
+        write(folder / f"{family}.safetensors", every_kind() if family == "every_kind" else plain(family))
+    command = [comfyui.python, LAUNCHER, PROBE, comfyui.checkout, str(STRENGTH), folder]
     probe = subprocess.run(command, capture_output=True, text=True, check=False)
     assert probe.returncode == 0 and "lora key not loaded" not in probe.stderr, probe.stderr[-4000:]
-    theirs = load_file(tmp_path / "out.safetensors")
-    matched = open_lora(lora).match(SHAPE)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_weights_agree(folder, family):
+    """A file that both can read changes the same tensors, to the same numbers."""
+    weights, theirs = (load_file(folder / name) for name in ("model.safetensors", f"merged/{family}.safetensors"))
+    matched = open_lora(folder / f"{family}.safetensors").match(SHAPE)
     assert {target.name for target in matched.adapters} == set(theirs) and matched.unknown == ()
     for target, adapter in matched.adapters.items():
         ours = adapter.merged(weights[target.name], STRENGTH)

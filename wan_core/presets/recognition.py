@@ -7,7 +7,7 @@ every candidate. Nothing here opens a file.
 """
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 
 from .specs import CLIPVisionSpec, TextEncoderSpec, TransformerSpec, VAESpec
@@ -16,7 +16,8 @@ from .tables import CLIP_VISION, PRESETS, TEXT_ENCODERS, TRANSFORMERS, VAES
 Shapes = Mapping[str, tuple[int, ...]]
 Spec = TransformerSpec | VAESpec | TextEncoderSpec | CLIPVisionSpec
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+# What packagers and training programs put before every name; of those that begin alike, the longest first.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "net.", "module.")
 HEAD_DIM = 128
 CLIP_HEAD_DIM = 80
 
@@ -34,15 +35,18 @@ _VARIANTS = {
     "patch_embedding_global.weight": "a WanDancer transformer",
 }
 
+_WHOLE = "choose its index (*.safetensors.index.json) or the folder of all of them"
+
 # Files that people do have beside Wan's: part of a tensor name -> (kind, what it is). The first hit counts.
 _FOREIGN = (
-    ("condition_embedder.time_embedder.", "transformer", "a Wan transformer in the diffusers layout"),
     ("first_stage_model.", "other", "a complete Stable Diffusion checkpoint"),
     ("input_blocks.0.0.", "other", "a Stable Diffusion UNet"),
     ("double_blocks.0.", "other", "a Flux or HunyuanVideo transformer"),
     ("joint_blocks.0.", "other", "a Stable Diffusion 3 transformer"),
     ("transformer_blocks.0.", "other", "another model's transformer in the diffusers layout"),
-    ("enc.blk.0.", "text_encoder", "a T5 encoder in the GGUF layout"),
+    (".attn1.norm_q.", "transformer", f"one part of a Wan transformer in several files; {_WHOLE}"),
+    (".self_attn.norm_q.", "transformer", f"one part of a Wan transformer in several files; {_WHOLE}"),
+    ("enc.blk.", "text_encoder", "one part of a T5 encoder in the GGUF layout"),
     ("blk.0.", "other", "a language model in the GGUF layout"),
     ("visual.transformer.resblocks.", "clip_vision", "a CLIP model in the open-clip layout, which is not supported; "
      "use the official models_clip file or ComfyUI's clip_vision_h"),
@@ -62,7 +66,8 @@ class Recognition:
     `kind`: 'transformer', 'vae', 'text_encoder', 'clip_vision', 'lora' or 'other'. `names`: presets (of a transformer)
     or table entries (of any other part) with exactly this architecture, none for an unreleased size. `spec`: the
     architecture, or None where it cannot be run, and then `reason` says why. `reason`: a phrase for the user that
-    completes "this file is ...". `dialect`: 'official', or 'transformers' for the key names of that library.
+    completes "this file is ...". `dialect`: 'official', or 'transformers', 'diffusers' or 'gguf' for the key names of
+    those libraries.
     """
 
     kind: str
@@ -79,6 +84,9 @@ def strip_prefix(names: Iterable[str]) -> tuple[str, dict[str, str]]:
     """
     names = list(names)
     prefix = next((p for p in PREFIXES if 2 * sum(n.startswith(p) for n in names) > len(names)), "")
+    # The blocks of an official CLIP vision model without its own prefix are `transformer.0` and so on.
+    if prefix == "transformer." and "transformer.0.norm1.weight" in names:
+        prefix = ""
     mapping = {}
     for name in names:
         short = name.removeprefix(prefix)
@@ -89,10 +97,20 @@ def strip_prefix(names: Iterable[str]) -> tuple[str, dict[str, str]]:
     return prefix, mapping
 
 
+def foreign_dialect(names: Collection[str]) -> tuple[str, str] | None:
+    """Kind and dialect of a model whose names have to be translated before `recognise`; None for all others.
+
+    `names` are without prefix, see `strip_prefix`.
+    """
+    return next(((kind, dialect) for anchor, kind, dialect in _FOREIGN_ANCHORS if anchor in names), None)
+
+
 def recognise(shapes: Shapes) -> Recognition:
     """Recognises a checkpoint from its tensors' names (without prefix, see `strip_prefix`) and shapes.
 
-    Never raises on odd content: what cannot be recognised comes back as kind 'other' with spec None.
+    Names are the official ones, but for CLIP vision models, which transformers' names tell as well (see
+    `foreign_dialect` for all others). Never raises on odd content: what cannot be recognised comes back as kind 'other'
+    with spec None.
     """
     if any(_LORA.search(name) for name in shapes):
         return Recognition("lora", (), None, "a LoRA, which is applied to a model and is none by itself")
@@ -241,23 +259,14 @@ def _encoder_levels(shapes: Shapes, nested: bool) -> list[list[str]]:
 
 
 def _text_encoder(shapes: Shapes, dialect: str) -> Recognition:
-    if dialect == "official":
-        embedding, block, bias = "token_embedding", "blocks.0.", "pos_embedding.embedding.weight"
-        query, gate, blocks = "attn.q.weight", "ffn.gate.0.weight", r"blocks\.(\d{1,6})\."
-        shared = bias in shapes
-        bias = bias if shared else block + bias
-    else:
-        embedding = "shared" if "shared.weight" in shapes else "encoder.embed_tokens"
-        block, blocks = "encoder.block.0.layer.", r"encoder\.block\.(\d{1,6})\."
-        query, gate = "0.SelfAttention.q.weight", "1.DenseReluDense.wi_0.weight"
-        bias = block + "0.SelfAttention.relative_attention_bias.weight"
-        shared = bias.replace("block.0", "block.1") not in shapes
-    if shared:
+    bias, blocks = "blocks.0.pos_embedding.embedding.weight", r"blocks\.(\d{1,6})\."
+    num_layers, biases = (len(_indices(shapes, pattern)) for pattern in (blocks, blocks + "pos_embedding"))
+    if "pos_embedding.embedding.weight" in shapes or biases == 1 < num_layers:
         raise _Odd("all its blocks share one position bias, as in T5, where UMT5 has one a block")
     spec = TextEncoderSpec(
-        vocab_size=_size(shapes, embedding + ".weight", 0), dim=_size(shapes, embedding + ".weight", -1),
-        dim_attn=_size(shapes, block + query, 0), dim_ffn=_size(shapes, block + gate, 0),
-        num_heads=_size(shapes, bias, 1), num_layers=len(_indices(shapes, blocks)), num_buckets=_size(shapes, bias, 0))
+        vocab_size=_size(shapes, "token_embedding.weight", 0), dim=_size(shapes, "token_embedding.weight", -1),
+        dim_attn=_size(shapes, "blocks.0.attn.q.weight", 0), dim_ffn=_size(shapes, "blocks.0.ffn.gate.0.weight", 0),
+        num_heads=_size(shapes, bias, 1), num_layers=num_layers, num_buckets=_size(shapes, bias, 0))
     return _by_table("text_encoder", TEXT_ENCODERS, spec, dialect,
                      f"a UMT5 encoder of width {spec.dim} and {spec.num_layers} blocks: no released one has this size")
 
@@ -299,10 +308,18 @@ _ANCHORS = (
     ("vace_patch_embedding.weight", "vace_module", "official", _vace_module),
     ("decoder.middle.0.residual.0.gamma", "vae", "official", _vae),
     ("blocks.0.ffn.gate.0.weight", "text_encoder", "official", _text_encoder),
-    ("encoder.block.0.layer.0.SelfAttention.q.weight", "text_encoder", "transformers", _text_encoder),
     ("visual.cls_embedding", "clip_vision", "official", _clip_vision),
     ("cls_embedding", "clip_vision", "official", _clip_vision),
     ("vision_model.embeddings.patch_embedding.weight", "clip_vision", "transformers", _clip_vision),
+)
+
+# The same for names that are translated first.
+_FOREIGN_ANCHORS = (
+    ("condition_embedder.time_embedder.linear_1.weight", "transformer", "diffusers"),
+    ("encoder.mid_block.attentions.0.to_qkv.weight", "vae", "diffusers"),
+    ("decoder.mid_block.attentions.0.to_qkv.weight", "vae", "diffusers"),
+    ("encoder.block.0.layer.0.SelfAttention.q.weight", "text_encoder", "transformers"),
+    ("enc.blk.0.attn_q.weight", "text_encoder", "gguf"),
 )
 
 
@@ -326,16 +343,11 @@ def _candidates(names: tuple[str, ...]) -> str:
 
 
 def _foreign(shapes: Shapes) -> Recognition:
-    if len(shapes.get("encoder.conv_in.weight", ())) == 5:
-        return Recognition("vae", (), None, "a Wan VAE in the diffusers layout, which is not supported; "
-                           "use the original file or the one repackaged for ComfyUI")
     if "encoder.conv_in.weight" in shapes or "decoder.conv_in.weight" in shapes:
         return Recognition("vae", (), None, "a Stable Diffusion VAE")
     for fragment, kind, what in _FOREIGN:
         if any(fragment in name for name in shapes):
-            hint = ("" if "Wan" not in what else
-                    ", which is not supported; use the original file or the one repackaged for ComfyUI")
-            return Recognition(kind, (), None, what + hint)
+            return Recognition(kind, (), None, what)
     if any(name.startswith(("encoder.downsamples.", "decoder.upsamples.")) for name in shapes):
         return Recognition("vae", (), None, "one half of a Wan VAE; encoder and decoder are both needed")
     examples = ", ".join(list(shapes)[:3]) or "none"

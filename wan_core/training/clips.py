@@ -4,6 +4,7 @@ Latents are computed once and cached in a file; captions are worded anew each ti
 empty, so that guidance has an unconditional branch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,9 +36,11 @@ class Captioned:
 class Clips:
     """Scenes with their latents, which are kept in the file `cache` beside the run."""
 
-    def __init__(self, vae: WanVAE, tokenizer: Tokenizer, options: NanoTraining, cache: Path) -> None:
+    def __init__(self, vae: WanVAE, tokenizer: Tokenizer, options: NanoTraining, cache: Path,
+                 change: Callable[[Scene], Scene] = lambda scene: scene) -> None:
+        """`change` makes of each scene that is drawn the one that is shown."""
         generator = Generator().manual_seed(options.seed + 1)
-        self.scenes = [sample_scene(generator) for _ in range(options.clips)]
+        self.scenes = [change(sample_scene(generator)) for _ in range(options.clips)]
         self._tokenizer = tokenizer
         self._dropout = options.caption_dropout
         if cache.exists():

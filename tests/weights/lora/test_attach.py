@@ -9,7 +9,7 @@ from wan_core import load_model, nano
 from wan_core.dit import ModelInputs
 from wan_core.memory import OneAtATime
 from wan_core.weights import build_module, load_module
-from wan_core.weights.lora import DoRA, Delta, LoHa, LoKr, LowRank, Replacement, Target
+from wan_core.weights.lora import Delta, DoRA, LoHa, LoKr, LowRank, Replacement, Target
 from wan_core.weights.lora.attach import Attachment
 from wan_core.weights.quantised import dense
 

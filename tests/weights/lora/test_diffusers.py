@@ -65,7 +65,7 @@ def agree(matched, converted):
 @pytest.mark.parametrize("pair", [("lora_A", "lora_B"), ("lora_down", "lora_up")])
 @pytest.mark.parametrize("alpha", [False, True])
 def test_native_files(tmp_path, pair, alpha):
-    """Native keys: the same weights and biases as by diffusers' converter, CLIP branch, embeddings and head included."""
+    """Native keys: the same weights and biases as by diffusers' converter, in all layers."""
     tensors = native(pair, alpha)
     matched = open_lora(write(tmp_path / "x.safetensors", tensors)).match(SHAPE)
     assert agree(matched, _convert_non_diffusers_wan_lora_to_diffusers(tensors)) == len(LINEAR["clip"])

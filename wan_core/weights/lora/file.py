@@ -105,9 +105,9 @@ class LoraFile:
         return Matched(adapters, tuple(skipped), tuple(unknown))
 
     def _nothing(self, mine: list[Entry], shapes: Mapping[str, tuple[int, ...]], skipped: list[Skipped]) -> str:
-        theirs, own = _size({entry.target.name: entry.adapter.shape for entry in mine}), _size(shapes)
+        theirs, own = size_of({entry.target.name: entry.adapter.shape for entry in mine}), size_of(shapes)
         if theirs[1] > own[1] or theirs[0] not in (None, own[0]):
-            why = f"it seems to be made for a model {_phrase(theirs)}; this one is {_phrase(own)}"
+            why = f"it seems to be made for a model {size_phrase(theirs)}; this one is {size_phrase(own)}"
         elif skipped:
             why = f"its keys are {skipped[0].reason}"
         else:
@@ -200,13 +200,13 @@ def _widened(adapter: Adapter, shape: tuple[int, ...]) -> Adapter | None:
     return None
 
 
-def _size(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | None, int]:
+def size_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | None, int]:
     """Width and number of blocks of a model, from shapes of its tensors or of the adapters for them."""
     blocks = [int(match[1]) for name in shapes if (match := _BLOCK.match(name))]
     width = next((shape[0] for name, shape in shapes.items() if _WIDE.match(name.rpartition(".")[0])), None)
     return width, max(blocks) + 1 if blocks else 0
 
 
-def _phrase(size: tuple[int | None, int]) -> str:
+def size_phrase(size: tuple[int | None, int]) -> str:
     width, blocks = size
     return f"of width {width} with {blocks} blocks" if width else f"with {blocks} blocks"

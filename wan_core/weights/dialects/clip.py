@@ -1,33 +1,10 @@
-"""Key names of repackaged checkpoints, translated to the official ones.
-
-One literal table per dialect, `{}` standing for a block's number. A name that a table does not have is kept, so that
-loading reports it as unexpected instead of dropping it.
-"""
+"""CLIP vision models under the names of the transformers library, and the image half of whole CLIP files."""
 import re
 from collections.abc import Iterable
 
 from torch import Tensor
 
-from .tensor_file import Joined
-
-# transformers' UMT5EncoderModel, the layout of the text encoder files repackaged for ComfyUI.
-UMT5_TRANSFORMERS = {
-    "shared.weight": "token_embedding.weight",
-    "encoder.block.{}.layer.0.layer_norm.weight": "blocks.{}.norm1.weight",
-    "encoder.block.{}.layer.0.SelfAttention.q.weight": "blocks.{}.attn.q.weight",
-    "encoder.block.{}.layer.0.SelfAttention.k.weight": "blocks.{}.attn.k.weight",
-    "encoder.block.{}.layer.0.SelfAttention.v.weight": "blocks.{}.attn.v.weight",
-    "encoder.block.{}.layer.0.SelfAttention.o.weight": "blocks.{}.attn.o.weight",
-    "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight": "blocks.{}.pos_embedding.embedding.weight",
-    "encoder.block.{}.layer.1.layer_norm.weight": "blocks.{}.norm2.weight",
-    "encoder.block.{}.layer.1.DenseReluDense.wi_0.weight": "blocks.{}.ffn.gate.0.weight",
-    "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight": "blocks.{}.ffn.fc1.weight",
-    "encoder.block.{}.layer.1.DenseReluDense.wo.weight": "blocks.{}.ffn.fc2.weight",
-    "encoder.final_layer_norm.weight": "norm.weight",
-}
-
-# The token embedding once more: a file may hold it under either name or both.
-UMT5_ALIAS = "encoder.embed_tokens.weight"
+from ..tensor_file import Joined
 
 # transformers' CLIPVisionModelWithProjection, the layout of the clip_vision files repackaged for ComfyUI. Names that
 # lead to the same official one are joined in this order.
@@ -59,7 +36,7 @@ CLIP_TRANSFORMERS = {
 }
 
 # Tensors whose axes differ, by their official names.
-_CLIP_LAYOUT = {
+_LAYOUT = {
     "cls_embedding": lambda tensor: tensor.view(1, 1, -1),
     "pos_embedding": lambda tensor: tensor[None],
     "head": Tensor.t,
@@ -70,18 +47,6 @@ CLIP_UNUSED = ("textual.", "log_scale", "text_model.", "text_projection.", "logi
                "vision_model.embeddings.position_ids")
 
 _NUMBER = re.compile(r"\.(\d+)\.")
-
-
-def official_umt5_names(names: Iterable[str]) -> dict[str, str]:
-    """Maps the official name of each tensor of a transformers-layout UMT5 file to its name in the file."""
-    mapping = {}
-    for name in names:
-        number = _NUMBER.search(name)
-        pattern = _NUMBER.sub(".{}.", name, count=1) if number else name
-        official = UMT5_TRANSFORMERS.get(pattern)
-        mapping[official.replace("{}", number[1] if number else "") if official else name] = name
-    alias = mapping.pop(UMT5_ALIAS, None)
-    return mapping if alias is None else {"token_embedding.weight": alias} | mapping
 
 
 def official_clip_names(names: Iterable[str], dialect: str) -> dict[str, str | Joined]:
@@ -99,7 +64,7 @@ def official_clip_names(names: Iterable[str], dialect: str) -> dict[str, str | J
             sources.setdefault(ours.replace("{}", block), []).append(theirs.replace("{}", block))
     present = set(names)
     # Where one of several is missing, the others keep their names, and the official one is reported as missing.
-    mapping = {ours: Joined(tuple(theirs), _CLIP_LAYOUT.get(ours)) for ours, theirs in sources.items()
+    mapping = {ours: Joined(tuple(theirs), _LAYOUT.get(ours)) for ours, theirs in sources.items()
                if present.issuperset(theirs)}
     used = {name for joined in mapping.values() for name in joined.names}
     return mapping | {name: name for name in names if name not in used}
