@@ -1,4 +1,4 @@
-"""Adapters on a running transformer: the same as merged weights for every family and weight format, and no trace after."""
+"""Adapters on a running transformer: as merged weights for every family and weight format, and no trace after."""
 
 from dataclasses import replace
 
