@@ -6,15 +6,18 @@ the numbers is the replaced layer's own `product`, so each room's rules of preci
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fp8 import can_multiply, fp8_product
 from .quantised import Quantised
 
 
 class QuantisedLinear(nn.Module):
     """Stands for `layer`, a linear layer with a function `product(x, weight, bias, **options)`.
 
-    The weight is made in `dtype`. The bias is the layer's own.
+    The weight is made in `dtype`. The bias is the layer's own. With `fp8_products` a weight that `fp8.can_multiply`
+    takes is not made at all: the product is one of FP8 numbers, and not exactly that of the layer it stands for.
     """
 
     def __init__(self, layer: nn.Linear, weight: Quantised, dtype: torch.dtype) -> None:
@@ -23,6 +26,7 @@ class QuantisedLinear(nn.Module):
         self.product = layer.product
         self.bias = layer.bias
         self.dtype = dtype
+        self.fp8_products = False
         self._stored = _Stored(weight)
 
     @property
@@ -36,8 +40,11 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, x: Tensor, **options: object) -> Tensor:
         """x [..., in] -> [..., out]; `options` are those of the layer that this one stands for."""
-        weight = self._stored.weight.dequantise(self.dtype)
-        return self.product(x, weight, self.bias, **options)
+        weight = self._stored.weight
+        if not self.fp8_products or not can_multiply(weight):
+            return self.product(x, weight.dequantise(self.dtype), self.bias, **options)
+        y = fp8_product(x.to(self.dtype), weight, self.bias, self.dtype)
+        return F.gelu(y, approximate="tanh") if options.get("gelu") else y
 
 
 class QuantisedEmbedding(nn.Module):
@@ -69,3 +76,10 @@ class _Stored(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(iter(self._buffers.values())).device
+
+
+def use_fp8_products(module: nn.Module, on: bool) -> None:
+    """Switch the quantised layers of `module` to products in FP8, or back."""
+    for layer in module.modules():
+        if isinstance(layer, QuantisedLinear):
+            layer.fp8_products = on
