@@ -75,3 +75,17 @@ def test_a_range_of_noise_levels(lora):
     model = load_model()
     assert torch.equal(latents(model.with_lora(lora, start=0.05, end=0.0)), latents(model))
     assert torch.equal(latents(model.with_lora(lora, start=1.0, end=0.0)), latents(model.with_lora(lora)))
+
+
+def test_merging_is_the_same_and_is_undone(lora):
+    """Promise: folded into the weights a LoRA makes the same video within bfloat16, and the model without it is as it
+    was, bit for bit; on quantised weights nothing is folded."""
+    model = load_model()
+    plain, adapted = latents(model), latents(model.with_lora(lora, 0.8))
+    merged = model.with_lora(lora, 0.8).merged()
+    assert not merged.loras
+    folded = latents(merged)
+    assert (folded - adapted).norm() < 0.2 * (adapted - plain).norm()
+    assert torch.equal(latents(model), plain)
+    quantised = model.quantised("q8_0").with_lora(lora, 0.8)
+    assert torch.equal(latents(quantised.merged()), latents(quantised)) and quantised.merged().loras

@@ -14,6 +14,7 @@ from wan_core.training.loop import NanoTraining
 from wan_core.training.nano_i2v import KnownClips, train_i2v
 from wan_core.training.nano_ti2v import train_ti2v
 from wan_core.training.nano_vace import ControlledClips, train_vace
+from wan_core.training.nano_vae import channels_read
 
 TRAINING = NanoTraining(steps=2, clips=12, batch=2)
 
@@ -36,8 +37,9 @@ def run_i2v(options, text_encoder, t2v, run):
 
 
 def run_ti2v(options, text_encoder, t2v, run):
-    clips = Clips(load_vae(nano.VAE22).module(), text_encoder.tokenizer, options, run / "latents.pt")
-    return train_ti2v(options, clips, text_encoder.module(), t2v, run).state_dict()
+    vae = load_vae(nano.VAE22).module()
+    clips = Clips(vae, text_encoder.tokenizer, options, run / "latents.pt")
+    return train_ti2v(options, clips, channels_read(vae), text_encoder.module(), t2v, run).state_dict()
 
 
 def run_vace(options, text_encoder, t2v, run):

@@ -23,4 +23,4 @@ I2V = _FOLDER / "wan_nano_i2v.safetensors"
 # What the bundled single transformers are called where a file is asked for.
 NAMES = {"nano": T2V, "nano-i2v": I2V, "nano-ti2v": TI2V}
 
-TRANSFORMERS = (T2V, T2V_HIGH, T2V_LOW, I2V)
+TRANSFORMERS = (T2V, T2V_HIGH, T2V_LOW, I2V, TI2V)

@@ -22,14 +22,14 @@ from ..presets import PRESETS, TEXT_ENCODERS
 from ..text import Tokenizer
 from ..weights import load_module, save_weights
 from .clips import Clips
-from .evaluate import evaluate, evaluate_inpainting, evaluate_pictures
+from .evaluate import evaluate, evaluate_formats, evaluate_inpainting, evaluate_pictures
 from .loop import NanoTraining
 from .nano_i2v import KnownClips, train_i2v
 from .nano_t2v import TextToVideo, expert_options, train_expert, train_t2v
 from .nano_ti2v import train_ti2v
 from .nano_tokenizer import train_tokenizer
 from .nano_vace import ControlledClips, train_vace
-from .nano_vae import VAE_TRAININGS, reconstruction_psnr, train_vae
+from .nano_vae import VAE_TRAININGS, channels_read, reconstruction_psnr, train_vae
 from .shapes import all_prompts
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def _ti2v(options: argparse.Namespace) -> None:
     vae, text_encoder = load_vae(nano.VAE22).module(), load_text_encoder()
     training = NanoTraining(steps=options.steps or 3000)
     clips = Clips(vae, text_encoder.tokenizer, training, options.run / "ti2v_latents.pt")
-    model = train_ti2v(training, clips, text_encoder.module(), _trained_t2v(), options.run)
+    model = train_ti2v(training, clips, channels_read(vae), text_encoder.module(), _trained_t2v(), options.run)
     _save(nano.TI2V, model.state_dict(), "wan_nano_ti2v")
     _keep_log(options.run / "ti2v.csv")
 
@@ -132,6 +132,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     figures["i2v_first_frame"] = asdict(
         evaluate_pictures(load_model("nano-i2v"), vae, text_encoder, load_clip_vision()))
     figures["vace_inpainting"] = asdict(evaluate_inpainting(add_vace(single, "nano"), vae, text_encoder))
+    figures["t2v_formats"] = {form: asdict(scores)
+                              for form, scores in evaluate_formats(single, vae, text_encoder).items()}
     text = json.dumps(figures, indent=2)
     (nano.VAE.parent / "figures.json").write_text(text + "\n")
     log.info("%s", text)

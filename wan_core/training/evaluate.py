@@ -5,7 +5,7 @@ nothing of the prompt.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from ..conditioning import TextCondition
 from ..models import Model, TextEncoder, VideoVAE, VisionEncoder
 from ..pipeline import generate, initial_noise, latent_shape, sample
-from ..sampling import Conditions, Guidance, Schedule, make_schedule
+from ..sampling import Conditions, Guidance, make_schedule
 from ..visuals import Visuals
+from ..weights import TARGETS
 from .nano_vace import box_mask
 from .score import Observation, agreement, score
 from .shapes import COLOURS, SIZE, Scene, caption, coverage, held_out_scenes, render
@@ -38,15 +39,33 @@ class Evaluation:
 def evaluate(model: Model, vae: VideoVAE, text_encoder: TextEncoder, *, guidance: tuple[float, float] | None = None,
              prompts: int = 64, steps: int | None = None) -> Evaluation:
     """Scores over the first `prompts` held-out scenes; `guidance` (high, low) and `steps` default to the preset's."""
-    defaults = model.preset.sampling
-    guidance = guidance or (defaults.guidance_high, defaults.guidance_low)
-    schedule = make_schedule(defaults.solver, steps or defaults.steps, defaults.shift)
-    scenes = held_out_scenes(prompts)
-    observations = []
-    for start in range(0, prompts, BATCH):
-        for clip in _clips(model, vae, text_encoder, scenes[start:start + BATCH], start, schedule, guidance):
-            observations.append(_seen(clip))
-    return Evaluation(guidance, prompts, *_percentages(observations, scenes))
+    guidance, scenes = guidance or _guidance(model), held_out_scenes(prompts)
+    clips = _clips(model, vae, text_encoder, scenes, guidance, steps)
+    return Evaluation(guidance, prompts, *_percentages([_seen(clip) for clip in clips], scenes))
+
+
+@dataclass(frozen=True)
+class FormatEvaluation(Evaluation):
+    """The same for a model with quantised weights: bytes of its weights, and PSNR in dB of its clips to those of the
+    model as it is stored, from the same noise."""
+
+    megabytes: float
+    psnr_db: float | None
+
+
+def evaluate_formats(model: Model, vae: VideoVAE, text_encoder: TextEncoder, *,
+                     prompts: int = 64) -> dict[str, FormatEvaluation]:
+    """Scores of a text-to-video model as it is stored and in each format that it can be brought into."""
+    scenes, reference, results = held_out_scenes(prompts), None, {}
+    for form in ("stored", *TARGETS):
+        chosen = model if form == "stored" else model.quantised(form)
+        clips = torch.stack(list(_clips(chosen, vae, text_encoder, scenes, _guidance(model))))
+        reference = clips if reference is None else reference
+        results[form] = FormatEvaluation(
+            _guidance(model), prompts, *_percentages([_seen(clip) for clip in clips], scenes),
+            round(chosen.low.size(torch.bfloat16) / 1e6, 3),
+            None if form == "stored" else round(_psnr(clips, reference), 2))
+    return results
 
 
 @dataclass(frozen=True)
@@ -59,15 +78,14 @@ class PictureEvaluation(Evaluation):
 def evaluate_pictures(model: Model, vae: VideoVAE, text_encoder: TextEncoder, clip_vision: VisionEncoder | None = None,
                       *, prompts: int = 64) -> PictureEvaluation:
     """Scores over held-out scenes of which the first frame is given."""
-    defaults = model.preset.sampling
     scenes, observations, psnr = held_out_scenes(prompts), [], []
     for seed, scene in enumerate(scenes):
-        start = render([scene], side=defaults.width)[0, :, :1].movedim(1, 0)
+        start = render([scene], side=model.preset.sampling.width)[0, :, :1].movedim(1, 0)
         clip = _made(caption(scene), Visuals(start=start), seed, model, vae, text_encoder, clip_vision)
         observations.append(_seen(clip))
         psnr.append(_psnr(clip[:, :1], start.movedim(1, 0)))
-    return PictureEvaluation((defaults.guidance_high, defaults.guidance_low), prompts,
-                             *_percentages(observations, scenes), round(sum(psnr) / prompts, 2))
+    return PictureEvaluation(_guidance(model), prompts, *_percentages(observations, scenes),
+                             round(sum(psnr) / prompts, 2))
 
 
 @dataclass(frozen=True)
@@ -83,7 +101,7 @@ def evaluate_inpainting(model: Model, vae: VideoVAE, text_encoder: TextEncoder, 
 
     Where the box covers all of the shape's way the prompt asks for another colour in it; elsewhere for what is there.
     """
-    defaults, generator = model.preset.sampling, torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     scenes, observations, psnr = [], [], []
     for seed, scene in enumerate(held_out_scenes(prompts)):
         clip, mask = render([scene])[0], box_mask(scene, generator)
@@ -95,8 +113,8 @@ def evaluate_inpainting(model: Model, vae: VideoVAE, text_encoder: TextEncoder, 
         scenes.append(scene)
         observations.append(_seen(made))
         psnr.append(_psnr(made, clip, 1 - mask))
-    return InpaintingEvaluation((defaults.guidance_high, defaults.guidance_low), prompts,
-                                *_percentages(observations, scenes), round(sum(psnr) / prompts, 2))
+    return InpaintingEvaluation(_guidance(model), prompts, *_percentages(observations, scenes),
+                                round(sum(psnr) / prompts, 2))
 
 
 def _made(prompt: str, visuals: Visuals, seed: int, model: Model, vae: VideoVAE, text_encoder: TextEncoder,
@@ -123,15 +141,23 @@ def _psnr(made: Tensor, given: Tensor, weight: Tensor | float = 1.0) -> float:
     return 10 * math.log10(4 / (((made - given).square() * weight).sum() / weight.sum()).item())
 
 
-def _clips(model: Model, vae: VideoVAE, text_encoder: TextEncoder, scenes: Sequence[Scene], first_seed: int,
-           schedule: Schedule, guidance: tuple[float, float]) -> Tensor:
-    """Pixels [len(scenes), 3, F, H, W] of a batch of prompts, seeded first_seed, first_seed + 1, ..."""
+def _guidance(model: Model) -> tuple[float, float]:
+    """The preset's scales for high and low noise."""
+    return model.preset.sampling.guidance_high, model.preset.sampling.guidance_low
+
+
+def _clips(model: Model, vae: VideoVAE, text_encoder: TextEncoder, scenes: Sequence[Scene],
+           guidance: tuple[float, float], steps: int | None = None) -> Iterator[Tensor]:
+    """A clip [3, F, H, W] for the caption of each scene, seeded 0, 1, 2, ..."""
     defaults = model.preset.sampling
+    schedule = make_schedule(defaults.solver, steps or defaults.steps, defaults.shift)
     shape = latent_shape(model.vae_spec, defaults.width, defaults.height, defaults.frames)
-    noise = torch.cat([initial_noise(shape, first_seed + index) for index in range(len(scenes))])
-    positive = text_encoder.encode([caption(scene) for scene in scenes])
-    negative = text_encoder.encode([defaults.negative_prompt] * len(scenes))
-    conditions = Conditions([TextCondition(positive)], [TextCondition(negative)])
-    latents = sample(model, torch.zeros_like(noise), schedule, conditions, Guidance(*guidance), noise=noise,
-                     solver=defaults.solver)
-    return vae.decode(latents)
+    for start in range(0, len(scenes), BATCH):
+        batch = scenes[start:start + BATCH]
+        noise = torch.cat([initial_noise(shape, start + index) for index in range(len(batch))])
+        positive = text_encoder.encode([caption(scene) for scene in batch])
+        negative = text_encoder.encode([defaults.negative_prompt] * len(batch))
+        conditions = Conditions([TextCondition(positive)], [TextCondition(negative)])
+        latents = sample(model, torch.zeros_like(noise), schedule, conditions, Guidance(*guidance), noise=noise,
+                         solver=defaults.solver)
+        yield from vae.decode(latents)

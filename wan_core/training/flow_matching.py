@@ -118,17 +118,19 @@ def bell_weights(timesteps: Tensor) -> Tensor:
 
 
 def flow_matching_loss(predict: Predict, clean: Tensor, noise: Tensor, sigmas: Tensor, weights: Tensor,
-                       known: Tensor | None = None) -> Tensor:
+                       known: Tensor | None = None, channels: Tensor | None = None) -> Tensor:
     """Weighted mean squared error of the predicted velocity (scalar, float32).
 
     clean and noise [B, C, T, H, W] (normalised latents), sigmas and weights [B]. `predict(noisy, timesteps)` returns
     the velocity for timesteps [B] = 1000 * sigma. With `known` [B, T] bool, true for the latent frames that are shown
-    clean, those are at timestep 0, the timesteps are [B, T], and only the other frames count.
+    clean, those are at timestep 0, the timesteps are [B, T], and only the other frames count. With `channels` [C] bool
+    only those latent channels count.
     """
     shown = torch.zeros(clean.shape[0], clean.shape[2], dtype=torch.bool) if known is None else known
     levels = torch.where(shown, 0.0, sigmas[:, None])
     level = levels[:, None, :, None, None]
     velocity = predict((1 - level) * clean + level * noise, TRAIN_TIMESTEPS * (sigmas if known is None else levels))
-    error = (velocity.float() - (noise - clean).float()).square().mean((1, 3, 4))
+    error = (velocity.float() - (noise - clean).float()).square()
+    error = (error if channels is None else error[:, channels]).mean((1, 3, 4))
     error = error.masked_fill(shown, 0).sum(1) / (~shown).sum(1)
     return (error * weights).mean()
