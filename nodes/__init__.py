@@ -12,6 +12,7 @@ from .loaders import (
     WanCoreTextEncoderLoader,
     WanCoreVAELoader,
 )
+from .lora import WanCoreLora
 from .sampler import WanCoreSampler
 from .text import WanCoreTextEncode
 from .vace import WanCoreVace, WanCoreVaceModule
@@ -20,6 +21,7 @@ from .video import WanCoreSaveVideo
 NODE_CLASS_MAPPINGS = {
     "WanCoreModelLoader": WanCoreModelLoader,
     "WanCoreExpertPairLoader": WanCoreExpertPairLoader,
+    "WanCoreLora": WanCoreLora,
     "WanCoreTextEncoderLoader": WanCoreTextEncoderLoader,
     "WanCoreCLIPVisionLoader": WanCoreCLIPVisionLoader,
     "WanCoreVAELoader": WanCoreVAELoader,
@@ -38,6 +40,7 @@ NODE_CLASS_MAPPINGS = {
 NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreModelLoader": "Wan Model Loader",
     "WanCoreExpertPairLoader": "Wan Expert Pair Loader",
+    "WanCoreLora": "Wan LoRA",
     "WanCoreTextEncoderLoader": "Wan Text Encoder Loader",
     "WanCoreCLIPVisionLoader": "Wan CLIP Vision Loader",
     "WanCoreVAELoader": "Wan VAE Loader",

@@ -10,6 +10,7 @@ file: taking a model off the device means to drop it, and nothing is copied back
 """
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,7 +51,13 @@ BUNDLED = {
     "text_encoders": (nano.TEXT_ENCODER,),
     "vae": (nano.VAE, nano.VAE22),
     "clip_vision": (nano.CLIP_VISION,),
+    "loras": (),
 }
+
+# How names of model files end. The core's lists do not have the latter, of formats and layouts that it does not read.
+SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin")
+MORE_SUFFIXES = MappingProxyType(dict.fromkeys(("diffusion_models", "text_encoders"),
+                                               (".gguf", ".safetensors.index.json")))
 
 # The VAEs of the nano models, by what they are.
 NANO_VAES = MappingProxyType({VAES["nano_vae"]: nano.VAE, VAES["nano_vae22"]: nano.VAE22})
@@ -146,8 +153,9 @@ class Standalone:
 
     def _files(self, folder: str) -> list[str]:
         root = Path("models", folder)
+        endings = (*SUFFIXES, *MORE_SUFFIXES.get(folder, ()))
         return sorted(path.relative_to(root).as_posix() for path in root.rglob("*")
-                      if path.suffix in (".safetensors", ".sft", ".pth", ".pt", ".bin"))
+                      if path.name.lower().endswith(endings))
 
     def _find(self, folder: str, name: str) -> Path | None:
         root = Path("models", folder).resolve()
@@ -155,8 +163,26 @@ class Standalone:
         return path if root in path.parents else None
 
 
+@dataclass(frozen=True)
+class _Listing:
+    """Names in the folders `roots`, as long as each of `folders`, path -> time of its last change, stays as it was."""
+
+    roots: tuple[str, ...]
+    folders: dict[str, float]
+    names: list[str]
+
+    def is_valid(self, roots: tuple[str, ...]) -> bool:
+        try:
+            return roots == self.roots and all(os.path.getmtime(path) == time for path, time in self.folders.items())
+        except OSError:
+            return False
+
+
 class ComfyUI(Standalone):
     """The running ComfyUI."""
+
+    def __init__(self) -> None:
+        self._listings: dict[str, _Listing] = {}
 
     def placement(self, kind: str) -> Placement:
         device, offload_device = {
@@ -208,7 +234,23 @@ class ComfyUI(Standalone):
         return not comfy_arguments.disable_metadata
 
     def _files(self, folder: str) -> list[str]:
-        return list(folder_paths.get_filename_list(folder))
+        return sorted({*folder_paths.get_filename_list(folder), *self._more_files(folder)})
+
+    def _more_files(self, folder: str) -> list[str]:
+        """Names that end in `MORE_SUFFIXES`, found and remembered as the core does it for its own lists."""
+        endings = MORE_SUFFIXES.get(folder)
+        if endings is None:
+            return []
+        roots = tuple(root for root in folder_paths.get_folder_paths(folder) if os.path.isdir(root))
+        held = self._listings.get(folder)
+        if held is None or not held.is_valid(roots):
+            names, folders = [], {}
+            for root in roots:
+                found, inside = folder_paths.recursive_search(root, excluded_dir_names=[".git"])
+                names += [name for name in found if name.lower().endswith(endings)]
+                folders |= inside
+            held = self._listings[folder] = _Listing(roots, folders, names)
+        return held.names
 
     def _find(self, folder: str, name: str) -> Path | None:
         path = folder_paths.get_full_path(folder, name)

@@ -11,13 +11,14 @@ from ..wan_core.memory.placement import DTYPES
 from ..wan_core.models import Model, load_clip_vision, load_experts, load_model, load_text_encoder, load_vae
 from ..wan_core.presets import PRESETS, TRANSFORMERS
 from ..wan_core.vae import Tiling
-from ..wan_core.weights import can_run
+from ..wan_core.weights import TARGETS, can_run
 from .host import HOST
 from .sockets import ComfyCLIPVision, ComfyTextEncoder, ComfyVAE
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+AS_STORED = "as stored"
 
 PRECISION = ([AUTO, *DTYPES], {
     "default": AUTO,
@@ -27,6 +28,12 @@ ATTENTION = (list(BACKENDS), {
     "default": "sdpa",
     "tooltip": "How attention is computed. sdpa lets PyTorch choose its fastest kernel; the others hold it to one "
                "kernel, for comparison or where a driver's choice misbehaves."})
+# Optional, because prompts were saved before there was this widget.
+WEIGHTS = ([AS_STORED, *TARGETS], {
+    "default": AS_STORED,
+    "tooltip": "How the transformer's weights are kept in memory. as stored: in the file's own format, quantised or "
+               "not. The others make BF16, FP16 or FP32 files smaller while they are loaded: fp8_scaled and q8_0 to "
+               "half of BF16 with little loss, q4_0 to a third."})
 
 
 class WanCoreModelLoader:
@@ -48,23 +55,26 @@ class WanCoreModelLoader:
                    if not preset.experts and can_run(TRANSFORMERS[preset.transformer])]
         return {"required": {
             "model": (HOST.model_names("diffusion_models"), {
-                "tooltip": "A file in models/diffusion_models (BF16, FP16 or FP32), or one of the nano models that "
-                           "come with this pack."}),
+                "tooltip": "A file in models/diffusion_models, in full or half precision, FP8, int8, MXFP8, NVFP4 or "
+                           "GGUF, or one of the nano models that come with this pack."}),
             "preset": ([AUTO, *presets], {
                 "default": AUTO,
                 "tooltip": "Which model this is. auto: the first that has the file's architecture. A name: the file is "
                            "refused if it is another model, and the sampler's official values are this model's."}),
             "precision": PRECISION,
             "attention": ATTENTION,
+        }, "optional": {
+            "weights": WEIGHTS,
         }}
 
     @classmethod
     def IS_CHANGED(cls, model: str, **_others: object) -> str:
         return HOST.fingerprint("diffusion_models", model)
 
-    def load(self, model: str, preset: str, precision: str, attention: str) -> tuple[Model]:
-        return (load_model(HOST.model_path("diffusion_models", model), preset=None if preset == AUTO else preset,
-                           placement=HOST.placement("transformer"), dtype=precision, attention=attention),)
+    def load(self, model: str, preset: str, precision: str, attention: str, weights: str = AS_STORED) -> tuple[Model]:
+        loaded = load_model(HOST.model_path("diffusion_models", model), preset=None if preset == AUTO else preset,
+                            placement=HOST.placement("transformer"), dtype=precision, attention=attention)
+        return (loaded if weights == AS_STORED else loaded.quantised(weights),)
 
 
 class WanCoreExpertPairLoader:
@@ -92,20 +102,24 @@ class WanCoreExpertPairLoader:
                 "tooltip": "The expert that draws the detail, at low noise (...low_noise...)."}),
             "precision": PRECISION,
             "attention": ATTENTION,
+        }, "optional": {
+            "weights": WEIGHTS,
         }}
 
     @classmethod
     def IS_CHANGED(cls, high_noise: str, low_noise: str, **_others: object) -> str:
         return HOST.fingerprint("diffusion_models", high_noise, low_noise)
 
-    def load(self, high_noise: str, low_noise: str, precision: str, attention: str) -> tuple[Model]:
+    def load(self, high_noise: str, low_noise: str, precision: str, attention: str,
+             weights: str = AS_STORED) -> tuple[Model]:
         # Nothing in the tensors tells the experts apart; their names usually do.
         if "low_noise" in high_noise.lower() or "high_noise" in low_noise.lower():
             log.warning("Wan: the high-noise expert is %s and the low-noise expert %s; they seem to be swapped.",
                         high_noise, low_noise)
-        return (load_experts(HOST.model_path("diffusion_models", high_noise),
-                             HOST.model_path("diffusion_models", low_noise),
-                             placement=HOST.placement("transformer"), dtype=precision, attention=attention),)
+        loaded = load_experts(HOST.model_path("diffusion_models", high_noise),
+                              HOST.model_path("diffusion_models", low_noise),
+                              placement=HOST.placement("transformer"), dtype=precision, attention=attention)
+        return (loaded if weights == AS_STORED else loaded.quantised(weights),)
 
 
 class WanCoreTextEncoderLoader:
@@ -124,9 +138,9 @@ class WanCoreTextEncoderLoader:
     def INPUT_TYPES(cls) -> dict:
         return {"required": {
             "text_encoder": (HOST.model_names("text_encoders"), {
-                "tooltip": "A file in models/text_encoders: umt5_xxl as BF16 or FP16 for the released models, the nano "
-                           "encoder for the nano models. A file without tokenizer needs Google's spiece.model "
-                           "beside it."}),
+                "tooltip": "A file in models/text_encoders: umt5_xxl as BF16, FP16, FP8 or GGUF for the released "
+                           "models, the nano encoder for the nano models. A file without tokenizer needs Google's "
+                           "spiece.model beside it."}),
         }}
 
     @classmethod

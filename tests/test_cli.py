@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from tests.small_models import save_module, write_hollow
+from tests.weights.lora.lora_files import low_rank, low_rank_file, write
 from wan_core import nano
 from wan_core.__main__ import main
-from wan_core.presets import TEXT_ENCODERS, VAES, TransformerSpec
+from wan_core.presets import TEXT_ENCODERS, TRANSFORMERS, VAES, TransformerSpec
 from wan_core.text import UMT5Encoder
 from wan_core.training.score import score
 from wan_core.vae import WanVAE
 from wan_core.video import read_metadata, read_video, write_video
-from wan_core.weights import expected_shapes
+from wan_core.weights import TARGETS, expected_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--size", "32x16", "--frames", "5", "--steps", "2", "--device", "cpu"]
@@ -86,6 +87,65 @@ def test_expert_pair_from_files(shell, files, tmp_path):
     assert status == 0 and "Nano T2V, expert pair" in out
     settings = read_metadata(tmp_path / "clip.mp4")["comment"]
     assert settings["model"] == "nano_t2v_a" and settings["guidance"] == [4.0, 3.0]
+
+
+@pytest.fixture
+def lora(tmp_path) -> Path:
+    """A random LoRA for the nano models, in a folder of its own and with an equals sign in its name."""
+    (tmp_path / "loras").mkdir()
+    torch.manual_seed(5)
+    modules = {name.removesuffix(".weight"): shape for name, shape in expected_shapes(TRANSFORMERS["nano_t2v"]).items()
+               if "self_attn" in name and name.endswith(".weight") and len(shape) == 2}
+    return low_rank_file(tmp_path / "loras" / "style=2.safetensors", modules)
+
+
+def test_loras(shell, lora, tmp_path, caplog):
+    """--lora takes a file, whose name may hold an equals sign, with a strength or without, any number of times; what it
+    matched is said; strength 0 is the video without it."""
+    caplog.set_level("INFO")
+    frames = {}
+    for options in ("", f"{lora}", f"{lora}=1", f"{lora}=0", f"{lora}=0.5 {lora}=-1e-1"):
+        status, _, _ = shell(*(word for option in options.split() for word in ("--lora", option)))
+        assert status == 0
+        frames[options] = read_video(tmp_path / "clip.mp4")
+    assert "LoRA style=2.safetensors: 24 of 24 adapters matched, strength -0.1" in caplog.text
+    plain, whole = frames[""], frames[f"{lora}"]
+    assert torch.equal(frames[f"{lora}=1"], whole) and torch.equal(frames[f"{lora}=0"], plain)
+    assert not torch.equal(plain, whole)
+
+
+def test_loras_of_a_pair(shell, files, lora, caplog):
+    """A second strength is that of the low-noise expert; --weights quantises the model that the LoRA is put on."""
+    caplog.set_level("INFO")
+    status, _, _ = shell("--lora", f"{lora}=1,0.25", "--weights", "fp8_scaled", model=None, high=files.high,
+                         low=files.low)
+    assert status == 0
+    assert ("high noise 24 of 24 adapters matched, strength 1; low noise 24 of 24 adapters matched, strength 0.25"
+            in caplog.text)
+
+
+@pytest.mark.parametrize(("strength", "message"), [
+    ("=1,0.5", "a strength of its own for low noise, and Nano T2V is a single model. Give one strength."),
+    ("=", "style=2.safetensors= does not exist"), ("=strong", "style=2.safetensors=strong does not exist"),
+])
+def test_lora_strengths_that_cannot_be_are_one_line(shell, lora, strength, message):
+    """Two strengths on a single model, or a tail that is no number and therefore part of the name: one line."""
+    status, out, errors = shell("--lora", f"{lora}{strength}")
+    assert status == 2 and not out and len(errors) == 1 and message in errors[0]
+
+
+def test_loras_that_do_not_fit_are_one_line(shell, files, lora, tmp_path):
+    """A LoRA of another width, one for a pair on a single model, a file that is none: one line that says so."""
+    wide = low_rank_file(lora.with_name("wide.safetensors"), {"blocks.0.ffn.2": (256, 64)})
+    both = write(lora.with_name("both.safetensors"), {
+        f"{prefix}.blocks.0.self_attn.q.lora_{kind}.weight": factor for prefix in ("transformer", "transformer_2")
+        for kind, factor in zip("AB", low_rank((128, 128)), strict=True)})
+    for path, message in ((wide, "wide.safetensors has no adapter that fits this model: it seems to be made for"),
+                          (both, "both.safetensors holds adapters for a high- and a low-noise expert"),
+                          (files.model, "model.safetensors holds no LoRA"),
+                          ("absent.pt=2", "absent.pt does not exist")):
+        status, out, errors = shell("--lora", str(path))
+        assert status == 2 and not out and len(errors) == 1 and message in errors[0]
 
 
 def test_tokenizer_file(shell, tmp_path):
@@ -192,7 +252,7 @@ def bad_file(kind, files, folder) -> Path:
 @pytest.mark.parametrize("role", ["model", "vae", "text_encoder"])
 @pytest.mark.parametrize(("kind", "message"), [
     ("missing", "does not exist"), ("empty", "is empty"), ("web_page", "is a web page"), ("gguf", "is a GGUF file"),
-    ("noise", "is neither a safetensors nor a PyTorch file"), ("pointer", "is a Git LFS pointer"),
+    ("noise", "is neither a safetensors, GGUF nor PyTorch file"), ("pointer", "is a Git LFS pointer"),
     ("truncated", "is truncated: its header promises"), ("cut_header", "is truncated: its header alone takes"),
 ])
 def test_truncated_and_foreign_files_are_one_line(shell, files, tmp_path, kind, message, role):
@@ -230,7 +290,7 @@ def spiece_of(files) -> bytes:
 @pytest.mark.parametrize("line", [
     "", "generate", "generate x --size 64", "generate x --guidance high", "generate x --guidance 1,2,3",
     "generate x --solver heun", "generate x --steps two", "generate x --preset wan3", "generate x --attention sage",
-    "inspect", "paint x",
+    "generate x --lora x=1,2,3", "generate x --lora x=nan", "generate x --weights q5_0", "inspect", "paint x",
 ])
 def test_misspelt_commands_end_with_status_2(line, capsys):
     """What the parser refuses has the same status, and its last line says what is wrong."""
@@ -308,6 +368,33 @@ def test_inspect_says_what_is_missing(files, tmp_path, capsys):
     assert "tokenizer   inside" in capsys.readouterr().out
 
 
+def test_inspect_says_what_memory_is_needed(tmp_path, capsys):
+    """Formats stand by the kind of layer, and what the weights take on a GPU by the choices that there are: quantised
+    on load for a file in full precision, nothing but as stored for one that is quantised."""
+    assert main(["inspect", str(nano.T2V)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\n    self_attn +48 bfloat16\n", out) and re.search(r"\n    as stored +3\.18 MB\n", out)
+    rows = re.findall(r"\n    (\w+) +([\d.]+) MB", out.partition("memory")[2])
+    sizes = {choice: float(size) for choice, size in rows}
+    assert set(TARGETS) <= set(sizes) and 0.9 < sizes["q4_0"] < 1.4 < sizes["fp8_scaled"] < sizes["q8_0"] < 2
+    assert main(["quantize", str(nano.T2V), str(tmp_path / "small.gguf"), "--format", "q4_0"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "small.gguf")]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\n    self_attn +24 float32, 24 Q4_0\n", out) or re.search(
+        r"\n    self_attn +24 Q4_0, 24 float32\n", out)
+    assert re.search(r"memory of the weights on a GPU\n    as stored +1\.\d\d MB\n$", out)
+
+
+def test_inspect_describes_a_lora(lora, capsys):
+    """For a LoRA: kinds of adapters, ranks, layers, and the model that it seems to be made for."""
+    assert main(["inspect", str(lora)]) == 0
+    out = capsys.readouterr().out
+    for text in ("adapters    24 LoRA", "ranks       3 (24)", "layers      24 self_attn", "with 6 blocks: nano_t2v",
+                 "of width 128"):
+        assert text in out
+
+
 def test_inspect_describes_another_models_file(tmp_path, capsys):
     """A file of weights that are not Wan's is described as such, with status 0: that is the answer."""
     path = write_hollow(tmp_path / "sd.safetensors", {"first_stage_model.decoder.conv_in.weight": (4, 4, 3, 3)})
@@ -331,6 +418,7 @@ def test_help_names_every_option(capsys):
     assert ended.value.code == 0
     for option in ("--model", "--high", "--low", "--vae", "--text-encoder", "--size", "--frames", "--steps", "--seed",
                    "--solver", "--shift", "--guidance", "--tile", "--device", "--image", "--end-image", "--clip-vision",
-                   "--control", "--mask", "--reference", "--vace", "--video", "--denoise", "--fit"):
+                   "--control", "--mask", "--reference", "--vace", "--video", "--denoise", "--fit", "--lora",
+                   "--weights"):
         assert option in out
 

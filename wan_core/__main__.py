@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .conditioning import FITS
 from .dit import BACKENDS
-from .memory import OneAtATime
+from .memory import OneAtATime, working_dtype
 from .models import (
     NANO,
     Model,
@@ -27,7 +27,7 @@ from .models import (
     load_vae,
 )
 from .pipeline import bundled_vae, generate
-from .presets import PRESETS
+from .presets import PRESETS, TransformerSpec
 from .sampling import SOLVERS, Step
 from .vae import Tiling
 from .video import check_video_path, read_video
@@ -212,8 +212,20 @@ def _inspect(options: argparse.Namespace) -> None:
     report = describe(options.file)
     memory = None
     if report.complete and report.recognition.kind in ("transformer", "vae", "text_encoder", "clip_vision"):
-        memory = Part.open(options.file, report.recognition.kind).memory()
+        memory = _memory(Part.open(options.file, report.recognition.kind))
     print(format_report(report, memory))
+
+
+def _memory(part: Part) -> dict[str, int]:
+    """Bytes of the weights on a GPU: "as stored", in half precision, and quantised on load, where that differs."""
+    stored, half = part.stored_dtype, working_dtype("auto", part.stored_dtype, torch.device("cuda"))
+    as_stored = part.size(stored)
+    sizes = {}
+    if not part.file.quantised:
+        sizes[str(half).removeprefix("torch.")] = part.size(half)
+        if isinstance(part.spec, TransformerSpec):
+            sizes |= {form: part.quantised(form).size(half) for form in TARGETS}
+    return {"as stored": as_stored, **{choice: size for choice, size in sizes.items() if size != as_stored}}
 
 
 def _quantize(options: argparse.Namespace) -> None:

@@ -21,7 +21,6 @@ from .text import Tokenizer, UMT5Encoder, encode_prompts
 from .vae import LatentStats, Tiling, WanVAE
 from .vision import CLIPVision, preprocess
 from .weights import (
-    TARGETS,
     LoadError,
     TensorFile,
     build_module,
@@ -31,7 +30,7 @@ from .weights import (
     open_model,
     open_vace_module,
 )
-from .weights.lora import Lora, LoraFile, adapt
+from .weights.lora import Lora, LoraFile, adapt, fold
 
 NANO = "nano"
 
@@ -88,16 +87,6 @@ class Part:
         stored, shapes = self.file.dtypes(), self.file.shapes()
         return sum(self.file.size(name) if name in self.file.quantised else
                    math.prod(shapes[name]) * self._kept_in(name, stored[name], dtype).itemsize for name in shapes)
-
-    def memory(self) -> dict[str, int]:
-        """Bytes of the weights on a GPU: "as stored", in half precision, and quantised on load, where that differs."""
-        stored, half = self.stored_dtype, working_dtype("auto", self.stored_dtype, torch.device("cuda"))
-        sizes = {"as stored": self.size(stored)}
-        if not self.file.quantised:
-            sizes[str(half).removeprefix("torch.")] = self.size(half)
-            if isinstance(self.spec, TransformerSpec):
-                sizes |= {form: self.quantised(form).size(half) for form in TARGETS}
-        return {choice: size for choice, size in sizes.items() if choice == "as stored" or size != self.size(stored)}
 
     def _kept_in(self, name: str, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
         """The type of a tensor in a module that computes in `dtype`; for a quantised one, that of its numbers."""
@@ -165,7 +154,8 @@ class Model:
         """
         if not self.preset.experts and file.experts != ("both",):
             raise LoadError(f"{file.path.name} holds adapters for a high- and a low-noise expert, and "
-                            f"{self.preset.title} is a single model. Choose a LoRA for one model, or open both experts.")
+                            f"{self.preset.title} is a single model. Choose a LoRA for one model, or open both "
+                            "experts.")
         if not self.preset.experts and low is not None:
             raise ValueError(f"{file.path.name} is given a strength of its own for low noise, and {self.preset.title} "
                              "is a single model. Give one strength.")
@@ -174,6 +164,18 @@ class Model:
         matched = {name: file.match(part.file.shapes(), name if self.preset.experts else None)
                    for name, part in parts.items()}
         return replace(self, loras=(*self.loras, Lora(file, matched, strengths, start, end, blocks)))
+
+    def merged(self) -> "Model":
+        """A copy with its LoRAs folded into the weights when these are read, which costs nothing per step.
+
+        LoRAs with a range of noise levels, and those on quantised weights, stay on the activations. `self` is the model
+        without the merge, as it was.
+        """
+        parts = {"high": self.high, "low": self.low} if self.preset.experts else {"low": self.low}
+        files, left = fold({name: part.file for name, part in parts.items()}, self.loras)
+        low = replace(self.low, file=files["low"])
+        return replace(self, low=low, high=replace(self.high, file=files["high"]) if self.preset.experts else low,
+                       loras=left)
 
     def get(self, name: str, sigma: float = 0.0) -> WanTransformer:
         """The expert, ready to run on the placement's device at a noise level; until the next call of any copy."""

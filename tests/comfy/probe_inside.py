@@ -38,7 +38,7 @@ def placement_facts() -> dict[str, bool]:
     model = load_experts(placement=placement)
     found = {"is_managed": isinstance(placement, ManagedPlacement)}
     high = model.get("high")
-    found["size_is_known"] = listed() == [sum(weight.numel() for weight in high.state_dict().values()) * 4]
+    found["size_is_known"] = listed() == [sum(weight.nbytes for weight in high.state_dict().values())]
     run = HOST.with_room(model, 10**6)
     found["not_built_again"] = model.get("high") is run.get("high") is run.get("high") is high
     gone = weakref.ref(high)
@@ -155,10 +155,44 @@ def preview_facts() -> dict[str, bool]:
             "nano_previews_are_decoded": all(decoded) and VAES["nano_vae"] in bundled}
 
 
+def list_facts() -> dict[str, bool]:
+    import folder_paths
+    from the_pack.nodes.host import HOST
+
+    def refused(name: str) -> bool:
+        try:
+            HOST.model_path("diffusion_models", name)
+        except ValueError:
+            return True
+        return False
+
+    def listed(folder: str = "diffusion_models") -> set[str]:
+        return {Path(name).name for name in HOST.model_names(folder)}
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "models")
+        (root / "sub").mkdir(parents=True)
+        for key in ("diffusion_models", "vae"):
+            folder_paths.add_model_folder_path(key, str(root))
+        for name in ("plain.safetensors", "a.gguf", "split.safetensors.index.json", "config.json", "../outside.gguf"):
+            (root / name).touch()
+        first, again = listed(), listed()
+        file = root / "sub" / "b.gguf"
+        file.touch()
+        found = {"gguf_files_are_listed": {"plain.safetensors", "a.gguf", "split.safetensors.index.json"} <= first
+                 and first == again and "config.json" not in first and "a.gguf" not in listed("vae"),
+                 "lists_follow_the_folders": listed() == first | {"b.gguf"},
+                 "listed_files_are_found": HOST.model_path("diffusion_models", str(Path("sub", "b.gguf"))) == file,
+                 "other_files_are_not": refused("../outside.gguf") and refused(str(root.parent / "outside.gguf"))}
+        file.unlink()
+        found["lists_follow_the_folders"] &= listed() == first
+    return found
+
+
 def main() -> None:
     load_pack(*sys.argv[1:3])
     sys.stdout.write(json.dumps({**placement_facts(), **agreement_facts(), **latent_facts(),
-                                 **preview_facts()}) + "\n")
+                                 **preview_facts(), **list_facts()}) + "\n")
 
 
 if __name__ == "__main__":

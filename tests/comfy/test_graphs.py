@@ -6,12 +6,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.comfy.client import ComfyClient, PromptRejected
-from tests.comfy.graphs import CLIP, DECODE, SAMPLER, TEXT, VAE, nano_prompt, with_nodes
+from tests.comfy.graphs import CLIP, DECODE, MODEL, SAMPLER, SAVE, TEXT, VAE, nano_prompt, with_nodes
 from tests.comfy.server import PACK_NAME
+from tests.weights.lora.lora_files import low_rank_file
+from wan_core import nano
 from wan_core.training.score import score
 from wan_core.video import read_metadata, read_video
+from wan_core.weights import open_model, write_quantised
 
 READING = re.compile(r"Wan: reading (\S+)")
 QUICK = {"steps": 2, "end_step": 1}
@@ -46,6 +50,36 @@ def test_expert_pair_shows_what_was_asked_for(comfy_server, client, pack_folder)
     seen = score(frames_of(comfy_server, client.run(prompt)).movedim(-1, 0) / 127.5 - 1)
     assert (seen.colour, seen.shape, seen.direction) == ("red", "circle", "left")
     assert "seem to be swapped" not in comfy_server.log()
+
+
+def test_a_lora_stays_on_its_own_branch(comfy_server, client, pack_folder):
+    """Promise: two samplers on one GGUF loader, one with a LoRA, give what each of them gives alone, bit for bit."""
+    file, _ = open_model(nano.T2V, "transformer")
+    write_quantised(file, "q8_0", comfy_server.models_folder("diffusion_models") / "branch.gguf", lambda done, of: None)
+    torch.manual_seed(0)
+    low_rank_file(comfy_server.models_folder("loras") / "branch.safetensors", {
+        name.removesuffix(".weight"): shape for name, shape in file.shapes().items() if ".self_attn.q.weight" in name})
+    plain = nano_prompt(pack_folder, n1={"model": "branch.gguf"}, n6=QUICK)
+    lora = {"lora": "branch.safetensors", "strength": 3.0, "low_noise": "same strength", "strength_low": 1.0,
+            "start_sigma": 1.0, "end_sigma": 0.0, "blocks": ""}
+    both = with_nodes(plain, n20=("WanCoreLora", {"model": [MODEL, 0], **lora}),
+                      n21=("WanCoreSampler", {**plain[SAMPLER]["inputs"], "model": ["20", 0]}),
+                      n22=("WanCoreDecode", {**plain[DECODE]["inputs"], "samples": ["21", 0]}),
+                      n23=("WanCoreSaveVideo", {**plain[SAVE]["inputs"], "images": ["22", 0],
+                                                "filename_prefix": "branch"}))
+    adapted = {name: node for name, node in both.items() if name not in (SAMPLER, DECODE, SAVE)}
+    videos = {}
+    for name, prompt in (("both", both), ("plain", plain), ("adapted", adapted)):
+        client.free()
+        run = client.run(prompt)
+        assert run.status == "success", run.error
+        for saved in run.saved_files():
+            branch = "adapted" if saved["filename"].startswith("branch") else "plain"
+            videos[name, branch] = read_video(comfy_server.saved_path(saved))
+    assert torch.equal(videos["both", "plain"], videos["plain", "plain"])
+    assert torch.equal(videos["both", "adapted"], videos["adapted", "adapted"])
+    assert not torch.equal(videos["both", "plain"], videos["both", "adapted"])
+    assert "Wan: LoRA branch.safetensors: 6 of 6 adapters matched, strength 3" in comfy_server.log()
 
 
 def test_core_nodes_in_our_places(comfy_server, client, pack_folder, nano_frames):

@@ -26,6 +26,10 @@ PROMISES = {
     "same_image_latent": "Wan Image Latent gives the samples and the noise mask of the core's Wan22ImageToVideoLatent",
     "same_noise_mask": "a noise mask of any shape is brought to the latent's size as in the core's samplers",
     "same_start_from_noise": "a latent with noise in it from a core sampler is taken as the core takes it",
+    "gguf_files_are_listed": "GGUF files and indexes of models in several files stand in the lists that can use them",
+    "lists_follow_the_folders": "a file that comes or goes does so in the lists",
+    "listed_files_are_found": "a listed name, with its subfolder, is found again",
+    "other_files_are_not": "a name that leads out of the model folders is refused",
     "same_end_with_noise": "a latent with noise in it is handed over as the core does it",
 }
 

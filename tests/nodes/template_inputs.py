@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-# Nodes of the core that patch the model on its way to the sampler, and that nothing of ours takes the place of yet.
+# Nodes of the core that patch the model on its way to the sampler, and that Wan LoRA takes the place of.
 LORA = frozenset({"LoraLoader", "LoraLoaderModelOnly"})
 
-# Nodes that give on what they are given, and fall away.
+# Nodes of which at least one output is an input passed on.
 PASSES = LORA | {"ModelSamplingSD3", "TrimVideoLatent"}
 
 # Nodes that stay as they are: they never see a model, or choose between two of whatever kind.
@@ -70,7 +70,8 @@ _AFTER = _gone("Wan Sampler's `seed` has the same one", "fixed", "randomize", "i
 _GUIDANCE = _to("WanCoreSampler.guidance", "WanCoreSampler.guidance_low")
 _SOLVER = _to("WanCoreSampler.solver", uni_pc="unipc", euler="euler")
 _SCHEDULER = _gone("each solver has its official schedule", "simple")
-_NOT_YET = _gone("not yet: LoRA")
+_STRENGTH = _to("WanCoreLora.strength", "WanCoreLora.strength_low")
+_NO_TEXT = _gone("LoRAs for Wan have no part for the text encoder: connect CLIP straight to the prompts")
 _SAMPLED = {**_on("WanCoreSampler", "positive", "negative"), "model": _MODEL,
             "latent_image": _to("WanCoreSampler.latent")}
 
@@ -87,9 +88,10 @@ CORE = MappingProxyType({
     }, {}),
     "VAELoader": CoreNode({"vae_name": _to("WanCoreVAELoader.vae")}, {}),
     "CLIPVisionLoader": CoreNode({"clip_name": _to("WanCoreCLIPVisionLoader.clip_vision")}, {}),
-    "LoraLoaderModelOnly": CoreNode({"lora_name": _NOT_YET, "strength_model": _NOT_YET}, {"model": _NOT_YET}),
-    "LoraLoader": CoreNode({"lora_name": _NOT_YET, "strength_model": _NOT_YET, "strength_clip": _NOT_YET},
-                           {"model": _NOT_YET, "clip": _NOT_YET}),
+    "LoraLoaderModelOnly": CoreNode({"lora_name": _to("WanCoreLora.lora"), "strength_model": _STRENGTH},
+                                    _on("WanCoreLora", "model")),
+    "LoraLoader": CoreNode({"lora_name": _to("WanCoreLora.lora"), "strength_model": _STRENGTH,
+                            "strength_clip": _NO_TEXT}, {**_on("WanCoreLora", "model"), "clip": _NO_TEXT}),
     "ModelSamplingSD3": CoreNode({"shift": _to("WanCoreSampler.shift")}, {"model": _MODEL}),
     "KSampler": CoreNode({
         "seed": _to("WanCoreSampler.seed"), "control_after_generate": _AFTER, "steps": _to("WanCoreSampler.steps"),

@@ -12,8 +12,8 @@ PACK = Path(__file__).resolve().parent.parent.parent
 
 # Saved workflows store widget values by position. Lines may be appended to a list, never inserted, moved or removed.
 WIDGETS = {
-    "WanCoreModelLoader": ["model", "preset", "precision", "attention"],
-    "WanCoreExpertPairLoader": ["high_noise", "low_noise", "precision", "attention"],
+    "WanCoreModelLoader": ["model", "preset", "precision", "attention", "weights"],
+    "WanCoreExpertPairLoader": ["high_noise", "low_noise", "precision", "attention", "weights"],
     "WanCoreTextEncoderLoader": ["text_encoder"],
     "WanCoreCLIPVisionLoader": ["clip_vision", "precision"],
     "WanCoreVAELoader": ["vae", "precision", "tile_size", "tile_overlap"],
@@ -28,6 +28,7 @@ WIDGETS = {
     "WanCoreVaceModule": ["module", "module_low"],
     "WanCoreDecode": ["tile_size", "tile_overlap", "trim_latent"],
     "WanCoreSaveVideo": ["fps", "filename_prefix", "crf"],
+    "WanCoreLora": ["lora", "strength", "low_noise", "strength_low", "start_sigma", "end_sigma", "blocks"],
 }
 SOCKETS = {
     "WanCoreModelLoader": ([], ["WAN_MODEL"]),
@@ -50,6 +51,7 @@ SOCKETS = {
     "WanCoreVaceModule": (["model WAN_MODEL"], ["WAN_MODEL"]),
     "WanCoreDecode": (["samples LATENT", "vae VAE"], ["IMAGE"]),
     "WanCoreSaveVideo": (["images IMAGE"], []),
+    "WanCoreLora": (["model WAN_MODEL", "lora_stack LORA_STACK"], ["WAN_MODEL", "STRING"]),
 }
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN")
 

@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 from wan_core.weights import save_weights
@@ -11,7 +12,7 @@ def test_nano_models_are_always_listed_first(pack, workspace):
     """Promise: the bundled models head every list under names that stay, then come the folder's files."""
     folder = workspace / "models" / "vae"
     (folder / "sub").mkdir(parents=True)
-    for name in ("b.safetensors", "sub/a.safetensors", "notes.txt"):
+    for name in ("b.safetensors", "sub/a.safetensors", "notes.txt", "c.gguf"):
         (folder / name).touch()
 
     def names(node, widget):
@@ -23,6 +24,27 @@ def test_nano_models_are_always_listed_first(pack, workspace):
     assert names("WanCoreModelLoader", "model")[:3] == [
         "nano/wan_nano_t2v.safetensors", "nano/wan_nano_t2v_high_noise.safetensors",
         "nano/wan_nano_t2v_low_noise.safetensors"]
+
+
+def test_files_of_every_format_are_listed(pack, workspace, module, call):
+    """Promise: lists of transformers and text encoders hold GGUF files and indexes of models in several files, too, and
+    a name from outside of the folder is refused."""
+    folder = workspace / "models" / "diffusion_models"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "split.safetensors.index.json").touch()
+    (folder / "config.json").touch()
+    weights = module("wan_core.weights")
+    file, _ = weights.open_model(module("wan_core.nano").T2V, "transformer")
+    weights.write_quantised(file, "q8_0", folder / "small.gguf", lambda done, of: None)
+    (folder / "small.gguf").rename(folder / "Small.GGUF")
+    names = pack.NODE_CLASS_MAPPINGS["WanCoreModelLoader"].INPUT_TYPES()["required"]["model"][0]
+    assert [name for name in names if not name.startswith("nano/")] == ["Small.GGUF",
+                                                                        "sub/split.safetensors.index.json"]
+    model, = call("WanCoreModelLoader", model="Small.GGUF")
+    assert model.low.file.format == "gguf" and "Q8_0" in model.low.file.quantised.values()
+    (folder / "Small.GGUF").rename(workspace / "outside.gguf")
+    with pytest.raises(ValueError, match="there is no '../../outside.gguf' among the model files"):
+        call("WanCoreModelLoader", model="../../outside.gguf")
 
 
 def test_replaced_file_is_opened_again(pack, workspace):

@@ -180,7 +180,7 @@ def test_downloads(workflow):
             assert model["url"].startswith("https://huggingface.co/Comfy-Org/")
             assert model["url"].endswith(f"/resolve/main/split_files/{model['directory']}/{model['name']}")
             assert f"({model['url']})" in note and f"models/{model['directory']}" in note
-            assert "fp8" not in model["name"], "this version does not read FP8 files"
+            assert "fp8" not in model["name"], "official settings are shown with weights of full quality"
 
 
 def test_layout(workflow):

@@ -44,6 +44,7 @@ def test_matrices_of_the_blocks_are_quantised(form, file):
     assert torch.equal(whole[MATRIX].dequantise(), quantised(file[MATRIX].float(), form))
     for name in ("head.head.weight", "text_embedding.0.weight", "blocks.2.modulation", "blocks.2.ffn.0.bias"):
         assert torch.equal(whole[name], file[name])
+    assert [whole.size(name) for name in whole] == [whole[name].nbytes for name in whole]
 
 
 @pytest.mark.parametrize("form", TARGETS)

@@ -97,7 +97,7 @@ def _i2v(options: argparse.Namespace) -> None:
 
 def _ti2v(options: argparse.Namespace) -> None:
     vae, text_encoder = load_vae(nano.VAE22).module(), load_text_encoder()
-    training = NanoTraining(steps=options.steps or 3000)
+    training = NanoTraining(steps=options.steps or 3500)
     clips = Clips(vae, text_encoder.tokenizer, training, options.run / "ti2v_latents.pt")
     model = train_ti2v(training, clips, channels_read(vae), text_encoder.module(), _trained_t2v(), options.run)
     _save(nano.TI2V, model.state_dict(), "wan_nano_ti2v")

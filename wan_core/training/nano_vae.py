@@ -11,8 +11,8 @@ Afterwards the latents' mean and deviation are folded into the 1x1x1 convolution
 latents have the statistics of the released VAE of their type: whatever knows that latent format can use the nano VAE.
 
 The 48 channels of the 2.2 type are more than these clips need: 16 principal components hold 98.5 % of the latents'
-variance and all but 0.1 dB of the picture. They become the first 16 channels, the others repeat them and the decoder
-reads none of those. A transformer must carry the noise of every channel that it denoises through its width; a narrow
+variance and all but 0.1 dB of the picture. The first 16 channels become mixtures of these, the others repeat them, and
+the decoder reads none of those. A transformer must carry the noise of every channel that it denoises through its width; a narrow
 one can do that for 16 channels of four pixels, and not for 48.
 """
 
@@ -129,21 +129,22 @@ def fold_statistics(vae: WanVAE, spec: VAESpec, mean: Tensor, std: Tensor) -> No
 
 @torch.no_grad()
 def concentrate(vae: WanVAE, channels: int, count: int = 256, seed: int = EVALUATION_SEED + 1) -> None:
-    """Change `conv1` and `conv2` so that the first `channels` of the latents are their principal components.
+    """Change `conv1` and `conv2` so that the first `channels` (a power of 2) of the latents hold what there is to see.
 
-    All channels come out with the mean and deviation of the VAE's spec, the further ones as repetitions of the first;
-    the decoder reads the first only.
+    They are mixtures of as many principal components, each with an equal part of all, so that large components stay
+    large to whatever is trained on them. All channels come out with the mean and deviation of the VAE's spec, the
+    further ones as repetitions of the first; the decoder reads the first only.
     """
     mean, std = torch.tensor(vae.spec.mean), torch.tensor(vae.spec.std)
     latents = (_latents(vae, count, seed) - mean[:, None]) / std[:, None]
     centre = latents.mean(1)
     variances, axes = torch.linalg.eigh(torch.cov(latents.double()))
-    deviations, axes = variances.flip(0)[:channels].sqrt().float(), axes.flip(1)[:, :channels].float()
+    deviation, axes = variances.flip(0)[:channels].mean().sqrt().float(), axes.flip(1)[:, :channels].float()
+    mixed = axes @ _hadamard(channels)
     z = vae.spec.z_dim
-    repeated = torch.arange(z) % channels
-    encode = (axes / deviations).T[repeated]
+    encode = (mixed / deviation).T[torch.arange(z) % channels]
     decode = torch.zeros(z, z)
-    decode[:, :channels] = axes * deviations
+    decode[:, :channels] = mixed * deviation
     out, into = vae.conv1, vae.conv2
     # Raw latents r stand for x = (r - mean) / std; new ones for encode (x - centre), and back for decode y + centre.
     weight, bias = out.weight[:z].flatten(1), out.bias[:z]
@@ -154,6 +155,14 @@ def concentrate(vae: WanVAE, channels: int, count: int = 256, seed: int = EVALUA
     weight = into.weight.flatten(1)
     into.bias += weight @ (mean + std * centre - back @ mean)
     into.weight.copy_((weight @ back).view_as(into.weight))
+
+
+def _hadamard(size: int) -> Tensor:
+    """Sylvester's orthogonal matrix whose entries all have one magnitude; `size` is a power of 2."""
+    matrix, pair = torch.ones(1, 1), torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, pair)
+    return matrix
 
 
 def channels_read(vae: WanVAE) -> Tensor:

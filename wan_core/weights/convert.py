@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .gguf_blocks import FORMATS, quantise
-from .quantised import Blocks, Quantised, Scaled, Scheme, dense
+from .quantised import Blocks, Quantised, Scaled, Scheme, blocks_nbytes, dense
 from .tensor_file import TensorFile
 
 _MATRIX = re.compile(r"(^|\.)(vace_)?blocks\.\d+\..*weight$")
@@ -89,9 +89,11 @@ class Conversion:
         return self.target.scheme
 
     def nbytes(self, file: TensorFile) -> int:
-        """See `Recipe`."""
-        parts = self.target.parts(torch.empty(self.shape, device="meta"))
-        return sum(part.nbytes for part in parts.values())
+        """See `Recipe`. By arithmetic, because PyTorch's first reckoning with tensors without data takes seconds."""
+        if isinstance(self.target.scheme, Blocks):
+            return blocks_nbytes(self.target.scheme.format, self.shape)
+        scales = {_per_tensor: 1, _per_row: self.shape[0]}.get(self.target.parts, 0)
+        return math.prod(self.shape) + 4 * scales
 
     def read(self, read: Callable[[str], Tensor | Quantised]) -> Quantised:
         """The quantised weight, from a function that gives the one in the file."""

@@ -72,7 +72,7 @@ def describe(path: str | Path) -> FileReport:
             lora = describe_lora(path)
         except LoadError as error:
             remark = str(error)
-    elif recognition.spec is not None:
+    elif recognition.spec is not None or recognition.kind == "vace_module":
         for name in shapes:
             layers.setdefault(layer_kind(name), Counter())[kinds[name]] += 1
     return FileReport(

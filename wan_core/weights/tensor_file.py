@@ -51,6 +51,18 @@ class Joined:
         return self.layout(whole) if self.layout else whole
 
 
+@dataclass(frozen=True)
+class Changed:
+    """The tensor `name` with a change made to it that keeps shape and type, whenever it is asked for."""
+
+    name: str
+    change: Callable[[Tensor], Tensor]
+
+    def read(self, read: Callable[[str], Tensor | Quantised]) -> Tensor:
+        """The tensor, from a function that gives the one in the file."""
+        return self.change(read(self.name))
+
+
 class Kept(NamedTuple):
     """What a quantised weight is stored as, and how many bytes its parts take."""
 
@@ -141,16 +153,17 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
             return self._kept[name].nbytes
         return math.prod(self._shapes[name]) * self._dtypes[name].itemsize
 
-    def renamed(self, mapping: Mapping[str, "str | Joined | Recipe"]) -> "TensorFile":
+    def renamed(self, mapping: Mapping[str, "str | Joined | Changed | Recipe"]) -> "TensorFile":
         """The same file under other names: `mapping` gives for each new name the one in the file; others are left out.
 
-        A `Joined` or `Recipe` in place of a name stands for a tensor that is put together whenever it is asked for.
+        A `Joined`, `Changed` or `Recipe` in place of a name stands for a tensor that is made whenever it is asked for.
         Both stay open on their own. Raises LoadError where tensors cannot be joined.
         """
         read, dtypes, shapes, kept = self._read, {}, {}, {}
         for new, old in mapping.items():
-            if isinstance(old, str):
-                dtypes[new], shapes[new] = self._dtypes[old], self._shapes[old]
+            if isinstance(old, str | Changed):
+                source = old if isinstance(old, str) else old.name
+                dtypes[new], shapes[new] = self._dtypes[source], self._shapes[source]
                 if old in self._kept:
                     kept[new] = self._kept[old]
                 continue

@@ -76,14 +76,12 @@ def format_match(lora: Lora) -> str:
     held = "" if (lora.start, lora.end) == (1, 0) else f"; from sigma {lora.start:g} to {lora.end:g}"
     lines = [f"{lora.file.path.name}: {'; '.join(parts)}{held}"]
     # What both experts leave out for the same reason is said once.
-    reasons: dict[str, dict[str, None]] = {}
-    unknown: dict[str, None] = {}
+    reasons: dict[str, set[str]] = {}
     for matched in lora.matched.values():
         for skipped in matched.skipped:
-            reasons.setdefault(skipped.reason, {}).update(dict.fromkeys(skipped.keys))
-        unknown.update(dict.fromkeys(matched.unknown))
-    lines += [f"  skipped {len(keys)} keys ({first_few(list(keys))}): {reason}"
-              for reason, keys in list(reasons.items())[:_MOST_REASONS]]
+            reasons.setdefault(skipped.reason, set()).update(skipped.keys)
+    unknown = dict.fromkeys(key for matched in lora.matched.values() for key in matched.unknown)
+    lines += [f"  skipped {len(keys)} keys: {reason}" for reason, keys in list(reasons.items())[:_MOST_REASONS]]
     if len(reasons) > _MOST_REASONS:
         lines.append(f"  and others, for {len(reasons) - _MOST_REASONS} more reasons")
     if unknown:
