@@ -20,7 +20,7 @@ from .. import nano
 from ..models import add_vace, load_clip_vision, load_experts, load_model, load_text_encoder, load_vae
 from ..presets import PRESETS, TEXT_ENCODERS
 from ..text import Tokenizer
-from ..weights import load_module, save_weights
+from ..weights import load_module, open_model, save_weights, write_quantised
 from .clips import Clips
 from .evaluate import evaluate, evaluate_formats, evaluate_inpainting, evaluate_pictures
 from .loop import NanoTraining
@@ -80,7 +80,10 @@ def _experts(options: argparse.Namespace) -> None:
     for path, high in ((nano.T2V_HIGH, True), (nano.T2V_LOW, False)):
         name = "high_noise" if high else "low_noise"
         model = train_expert(name, base, expert_options(training, boundary, high=high), clips, options.run)
-        _save(path, model.transformer.state_dict(), f"wan_nano_t2v_{name}")
+        # As most people have the released pair, and it keeps the family small.
+        whole = options.run / path.name
+        _save(whole, model.transformer.state_dict(), f"wan_nano_t2v_{name}")
+        write_quantised(open_model(whole, "transformer")[0], "fp8_scaled", path, lambda done, of: None)
         _keep_log(options.run / f"{name}.csv")
 
 
