@@ -342,7 +342,7 @@ def test_control_c_stops_at_once_and_leaves_nothing(files, tmp_path):
 @pytest.mark.parametrize(("path", "preset"), [
     (nano.VAE, "nano_vae"), (nano.TEXT_ENCODER, "nano_umt5"), (nano.T2V, "nano_t2v"), (nano.T2V_HIGH, "nano_t2v_a"),
     (nano.T2V_LOW, "nano_t2v_a"), (nano.I2V, "nano_i2v"), (nano.CLIP_VISION, "nano_clip"),
-    (nano.VAE22, "nano_vae22"),
+    (nano.VAE22, "nano_vae22"), (nano.TI2V, "nano_ti2v"),
 ], ids=lambda value: getattr(value, "stem", value))
 def test_inspect_knows_the_bundled_files(path, preset, capsys):
     """Every file of the nano family is recognised and complete."""

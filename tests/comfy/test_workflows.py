@@ -18,6 +18,7 @@ from wan_core.video import read_video
 SHOWN = {
     "wan_nano_text_to_video": [("red", "circle", "left")],
     "wan_nano_image_to_video": [("red", "square", "right")],
+    "wan_nano_text_image_to_video": [("red", "square", "right")],
     "wan_nano_first_last_frame": [("red", "square", "right")],
     "wan_nano_vace_inpaint": [("red", "square", "right"), ("green", "circle", "right")],
     "wan_nano_vace_control": [("red", "circle", "right"), ("blue", "circle", "right")],

@@ -17,6 +17,7 @@ FOLDER = Path(__file__).resolve().parent.parent.parent / "workflows"
 WORKFLOWS = {
     "wan_nano_text_to_video": "nano_t2v",
     "wan_nano_image_to_video": "nano_i2v",
+    "wan_nano_text_image_to_video": "nano_ti2v",
     "wan_nano_first_last_frame": "nano_i2v",
     "wan_nano_vace_inpaint": "nano_t2v",
     "wan_nano_vace_control": "nano_t2v",

@@ -12,8 +12,8 @@ latents have the statistics of the released VAE of their type: whatever knows th
 
 The 48 channels of the 2.2 type are more than these clips need: 16 principal components hold 98.5 % of the latents'
 variance and all but 0.1 dB of the picture. The first 16 channels become mixtures of these, the others repeat them, and
-the decoder reads none of those. A transformer must carry the noise of every channel that it denoises through its width; a
-narrow one can do that for 16 channels of four pixels, and not for 48.
+the decoder reads none of those. A transformer must carry the noise of every channel that it denoises through its
+width; a narrow one can do that for 16 channels of four pixels, and not for 48.
 """
 
 import logging
