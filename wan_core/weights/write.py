@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
-import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,10 +24,8 @@ from .tensor_file import TensorFile
 
 OnTensor = Callable[[int, int], None]
 
-_GGUF_KINDS = MappingProxyType({
-    torch.bfloat16: gguf.GGMLQuantizationType.BF16, torch.float16: gguf.GGMLQuantizationType.F16})
-_GGUF_DTYPES = MappingProxyType({
-    gguf.GGMLQuantizationType.F32: torch.float32, **{kind: dtype for dtype, kind in _GGUF_KINDS.items()}})
+# Types that a GGUF file has for plain tensors, by their names there.
+_GGUF_DTYPES = MappingProxyType({"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16})
 _CODES = {getattr(torch, name): code for code, name in DTYPES.items() if hasattr(torch, name)}
 
 
@@ -106,11 +103,15 @@ def _write_safetensors(file: TensorFile, target: Target, path: Path, on_tensor: 
 
 def _write_gguf(file: TensorFile, target: Target, path: Path, on_tensor: OnTensor) -> None:
     """As published files of Wan: architecture "wan", small tensors in float32, the others as they are."""
+    # Imported here because it takes a quarter of a second, which nobody should wait for who only makes a video.
+    import gguf
+
     writer = gguf.GGUFWriter(path, "wan")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     kinds = {}
     for name, shape in file.shapes().items():
-        kinds[name] = kind = _gguf_kind(file, name, shape)
+        kinds[name] = _gguf_kind(file, name, shape)
+        kind = gguf.GGMLQuantizationType[kinds[name]]
         block, nbytes = gguf.GGML_QUANT_SIZES[kind]
         count = math.prod(shape) // block * nbytes
         writer.add_tensor_info(name, shape, np.dtype(np.float32), count, kind)
@@ -125,13 +126,12 @@ def _write_gguf(file: TensorFile, target: Target, path: Path, on_tensor: OnTenso
     writer.close()
 
 
-def _gguf_kind(file: TensorFile, name: str, shape: tuple[int, ...]) -> gguf.GGMLQuantizationType:
+def _gguf_kind(file: TensorFile, name: str, shape: tuple[int, ...]) -> str:
+    """The name of the type that a tensor has in a GGUF file."""
     if name in file.quantised:
-        return gguf.GGMLQuantizationType[file.quantised[name]]
-    dtype = file.dtypes()[name]
-    if len(shape) == 1 or name.endswith("modulation") or dtype not in _GGUF_KINDS:
-        return gguf.GGMLQuantizationType.F32
-    return _GGUF_KINDS[dtype]
+        return file.quantised[name]
+    kind = next((kind for kind, dtype in _GGUF_DTYPES.items() if dtype == file.dtypes()[name]), "F32")
+    return "F32" if len(shape) == 1 or name.endswith("modulation") else kind
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:
