@@ -15,9 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Filter transform of F(2, 3): rows give the four 2D kernels as combinations of the three taps in time.
-_FILTER_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-
 # Which of three taps on doubled pixels meet which of two pixels, for the even and the odd output.
 _DOUBLED_TAPS = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
 
@@ -77,17 +74,23 @@ def _minimal_filtering(x: Tensor, history: Tensor, weight: Tensor, bias: Tensor 
             torch.add(frame(2 * pair + first), frame(2 * pair + second), alpha=sign, out=mixed[pair])
         return F.conv2d(mixed, kernel.contiguous(memory_format=torch.channels_last), padding=padding)
 
-    taps = torch.tensor(_FILTER_TRANSFORM)
-    kernels = torch.einsum("jk,oikhw->joihw", taps, weight)
-    both = product(kernels[1], 1, 2, 1)
+    taps = weight.unbind(2)
+    # One kernel at a time: all four at once would be the largest tensor of a small picture's decode.
+    both = product(_half_sum(taps, 1), 1, 2, 1)
     if bias is not None:
         both += bias.view(-1, 1, 1)
-    difference = product(kernels[2], 2, 1, -1)
+    difference = product(_half_sum(taps, -1), 2, 1, -1)
     out = torch.empty((1, weight.shape[0], 2 * pairs, *both.shape[2:]), memory_format=torch.channels_last_3d)
     frames = out[0].movedim(1, 0)
     torch.sub(both, difference, out=frames[1::2])
-    frames[1::2] -= product(kernels[3], 1, 3, -1)
+    frames[1::2] -= product(taps[2], 1, 3, -1)
     both += difference
-    both += product(kernels[0], 0, 2, -1)
+    both += product(taps[0], 0, 2, -1)
     frames[0::2] = both
     return out
+
+
+def _half_sum(taps: tuple[Tensor, ...], sign: int) -> Tensor:
+    """(first + sign * middle + last) / 2 of three taps in time: the inner kernels of F(2, 3); the outer ones are the
+    first and the last tap themselves."""
+    return (taps[0] + taps[2]).add_(taps[1], alpha=sign).mul_(0.5)
