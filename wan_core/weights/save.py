@@ -1,7 +1,8 @@
 """Writes a safetensors file so that at every moment the path holds the old file, the whole new one, or nothing."""
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -27,18 +28,28 @@ def save_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
                          f"{type(metadata[odd[0]]).__name__}: turn it into a string, for example with json.dumps")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     size = sum(tensor.nbytes for tensor in plain.values())
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with replacing(path, f" ({human_size(size)})") as temporary:
         save_file(plain, temporary, metadata)
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
         # safetensors makes its files private; a model file is as open as any other that the user makes.
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
+
+
+@contextmanager
+def replacing(path: Path, size: str = "") -> Iterator[Path]:
+    """A name beside `path` to write to: it becomes `path` if all goes well, and nothing is left behind otherwise.
+
+    Raises OSError, in which `size` follows the file's name, where it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{path.name} ({human_size(size)}) could not be written: {error}. Free some space or choose "
-                      "another folder; nothing was left behind.") from error
+        raise OSError(f"{path.name}{size} could not be written: {error}. Free some space or choose another folder; "
+                      "nothing was left behind.") from error
     finally:
         temporary.unlink(missing_ok=True)

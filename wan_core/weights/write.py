@@ -6,10 +6,7 @@ into GGUF by the gguf package. The file is complete or not there: it is written 
 
 import json
 import math
-import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -20,6 +17,7 @@ from torch import Tensor
 from .convert import TARGETS, Target, converted
 from .quantised import Quantised
 from .safetensors_header import DTYPES
+from .save import replacing
 from .tensor_file import TensorFile
 
 OnTensor = Callable[[int, int], None]
@@ -45,25 +43,9 @@ def write_quantised(file: TensorFile, form: str, path: Path, on_tensor: OnTensor
                          "bfloat16 file of the model: every further step would add its own loss.")
     if path.exists() and path.samefile(file.path):
         raise ValueError(f"{path.name} is the file that is read; choose another name.")
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         (_write_gguf if target.container == "gguf" else _write_safetensors)(whole, target, temporary, on_tensor)
     return path.stat().st_size
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` that becomes `path` if all goes well and nothing otherwise."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path.name} could not be written: {error.strerror or error}. Free some space or choose another "
-                      "folder; nothing was left behind.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _pieces(name: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -32,6 +32,8 @@ class Lora:
     end: float = 0.0
     blocks: str = ""
     adapters: Mapping[str, Mapping[Target, Adapter]] = field(init=False, repr=False)
+    # Equal for LoRAs that put the same tensors on a module: the file as it lay on the disk, and the blocks.
+    key: tuple[object, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.end <= self.start <= 1:
@@ -43,12 +45,9 @@ class Lora:
         if not any(kept.values()):
             raise ValueError(f"the block filter {self.blocks!r} leaves nothing of {self.file.path.name}.")
         object.__setattr__(self, "adapters", kept)
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Equal for LoRAs that put the same tensors on a module: the file as it lies on the disk, and the blocks."""
         state = self.file.path.stat()
-        return str(self.file.path.resolve()), state.st_mtime_ns, state.st_size, self.blocks
+        key = str(self.file.path.resolve()), state.st_mtime_ns, state.st_size, self.blocks
+        object.__setattr__(self, "key", key)
 
     def strength_at(self, expert: str, sigma: float) -> float:
         """How strong it is for an expert at a noise level."""
