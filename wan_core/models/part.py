@@ -1,0 +1,74 @@
+"""One opened checkpoint: which file, and which architecture it holds."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..presets import CLIPVisionSpec, TextEncoderSpec, TransformerSpec, VAESpec
+from ..weights import TensorFile, build_module, converted, load_module, open_model
+
+# Tensors that stay in the dtype of the file: they are small, and computed in float32 whatever the rest runs in.
+_FLOAT32_ISLANDS = ("time_embedding.", "time_projection.", "head.", "norm", "modulation")
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One checkpoint: the opened file and the architecture it holds."""
+
+    file: TensorFile
+    spec: TransformerSpec | VAESpec | TextEncoderSpec | CLIPVisionSpec
+    names: tuple[str, ...]
+
+    @classmethod
+    def open(cls, path: str | Path, kind: str) -> "Part":
+        """Open a 'transformer', 'vae', 'text_encoder' or 'clip_vision'; reads no weights.
+
+        Raises LoadError where the file is something else.
+        """
+        file, recognition = open_model(path, kind)
+        return cls(file, recognition.spec, recognition.names)
+
+    @property
+    def label(self) -> str:
+        return self.file.path.name
+
+    @property
+    def fits(self) -> str:
+        """The presets or table entries of this architecture, as words."""
+        return ", ".join(self.names) or "no released model"
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype that most weights of the file have; a tokenizer's bytes are no weights."""
+        shapes, counts = self.file.shapes(), Counter()
+        for name, dtype in self.file.dtypes().items():
+            if dtype.is_floating_point:
+                counts[dtype] += math.prod(shapes[name])
+        return counts.most_common(1)[0][0] if counts else torch.float32
+
+    def quantised(self, form: str) -> "Part":
+        """A copy whose matrices are quantised when they are read; see `wan_core.weights.converted`."""
+        return replace(self, file=converted(self.file, form))
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The module on `device`, computing in `dtype`, its weights read from the file."""
+        return load_module(build_module(self.spec), self.file, device=device,
+                           dtype_for=lambda name, stored: self._kept_in(name, stored, dtype)).eval()
+
+    def size(self, dtype: torch.dtype) -> int:
+        """Bytes of the weights of the module that `build` makes."""
+        stored, shapes = self.file.dtypes(), self.file.shapes()
+        return sum(self.file.size(name) if name in self.file.quantised else
+                   math.prod(shapes[name]) * self._kept_in(name, stored[name], dtype).itemsize for name in shapes)
+
+    def _kept_in(self, name: str, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+        """The type of a tensor in a module that computes in `dtype`; for a quantised one, that of its numbers."""
+        island = isinstance(self.spec, TransformerSpec) and any(part in name for part in _FLOAT32_ISLANDS)
+        # A text encoder computes in float32 from weights kept as they are stored.
+        if not island and not isinstance(self.spec, TextEncoderSpec):
+            return dtype
+        return torch.float32 if name in self.file.quantised else stored

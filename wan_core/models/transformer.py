@@ -1,0 +1,129 @@
+"""A transformer, or a pair of experts, as a value: files, preset, and every option of how it runs."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ..dit import WanTransformer, check_backend
+from ..memory import Placement, working_dtype
+from ..presets import VAES, Preset, TransformerSpec, VAESpec
+from ..vae import LatentStats
+from ..weights import LoadError
+from ..weights.lora import Lora, LoraFile, adapt, fold
+from .part import Part
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A transformer, or a high- and a low-noise expert, with its preset and how to run it.
+
+    Raises ValueError for an unknown precision or attention backend.
+    """
+
+    high: Part
+    low: Part
+    preset: Preset
+    placement: Placement
+    dtype: str = "auto"
+    attention: str = "sdpa"
+    loras: tuple[Lora, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_backend(self.attention)
+        working_dtype(self.dtype, self.low.stored_dtype, self.placement.device)
+
+    @property
+    def boundary(self) -> float | None:
+        """The sigma at or above which the high-noise expert works; None for a single model."""
+        return self.preset.sampling.boundary if self.preset.experts else None
+
+    @property
+    def spec(self) -> TransformerSpec:
+        return self.low.spec
+
+    @property
+    def vae_spec(self) -> VAESpec:
+        return VAES[self.preset.vae]
+
+    @property
+    def latent_stats(self) -> LatentStats:
+        return LatentStats.of(self.vae_spec)
+
+    def quantised(self, form: str) -> "Model":
+        """A copy whose matrices are quantised on load: "fp8_scaled", "q8_0" and so on.
+
+        Raises ValueError for an unknown format, or where nothing is left to quantise.
+        """
+        low = self.low.quantised(form)
+        return replace(self, low=low, high=low if self.high is self.low else self.high.quantised(form))
+
+    def name_at(self, timestep: float) -> str:
+        """'high' or 'low': which expert works at `timestep` (0..1000). A single model is 'low' throughout."""
+        return "high" if self.boundary is not None and timestep >= self.boundary * 1000 else "low"
+
+    def with_lora(self, file: LoraFile, strength: float = 1.0, low: float | None = None, *, start: float = 1.0,
+                  end: float = 0.0, blocks: str = "") -> "Model":
+        """A copy with one LoRA more, of which `low` is the low-noise expert's strength, if it is another one.
+
+        See `Lora` for the rest. Raises ValueError, before anything is loaded, where the file fits neither expert, or
+        where it or its strengths are for a pair of experts and this is a single model.
+        """
+        if not self.preset.experts and file.experts != ("both",):
+            raise LoadError(f"{file.path.name} holds adapters for a high- and a low-noise expert, and "
+                            f"{self.preset.title} is a single model. Choose a LoRA for one model, or open both "
+                            "experts.")
+        if not self.preset.experts and low is not None:
+            raise ValueError(f"{file.path.name} is given a strength of its own for low noise, and {self.preset.title} "
+                             "is a single model. Give one strength.")
+        strengths = {"high": strength, "low": strength if low is None else low}
+        parts = {"high": self.high, "low": self.low} if self.preset.experts else {"low": self.low}
+        matched = {name: file.match(part.file.shapes(), name if self.preset.experts else None)
+                   for name, part in parts.items()}
+        return replace(self, loras=(*self.loras, Lora(file, matched, strengths, start, end, blocks)))
+
+    def merged(self) -> "Model":
+        """A copy with its LoRAs folded into the weights when these are read, which costs nothing per step.
+
+        LoRAs with a range of noise levels, and those on quantised weights, stay on the activations. `self` is the model
+        without the merge, as it was.
+        """
+        parts = {"high": self.high, "low": self.low} if self.preset.experts else {"low": self.low}
+        files, left = fold({name: part.file for name, part in parts.items()}, self.loras)
+        low = replace(self.low, file=files["low"])
+        return replace(self, low=low, high=replace(self.high, file=files["high"]) if self.preset.experts else low,
+                       loras=left)
+
+    def get(self, name: str, sigma: float = 0.0) -> WanTransformer:
+        """The expert, ready to run on the placement's device at a noise level; until the next call of any copy."""
+        part = self.high if name == "high" else self.low
+        module = self.placement.place(part, working_dtype(self.dtype, part.stored_dtype, self.placement.device))
+        adapt(module, self.loras, name, sigma)
+        return module
+
+    def state(self, name: str, sigma: float) -> Hashable:
+        """Equal for noise levels at which `get` gives the same weights."""
+        return name, tuple(lora.strength_at(name, sigma) for lora in self.loras)
+
+    def check_latents(self, latents: Tensor) -> None:
+        """Raise ValueError unless `latents` [B, C, T, H, W] fit this model, before anything is loaded."""
+        channels = self.vae_spec.z_dim
+        if latents.ndim != 5 or latents.shape[1] != channels or 0 in latents.shape:
+            raise ValueError(f"latents have shape {list(latents.shape)}; {self.preset.title} takes "
+                             f"[batch, {channels}, frames, height, width]. Use latents of the same family.")
+        if latents.shape[3] % 2 or latents.shape[4] % 2:
+            pixels = [size * self.vae_spec.spatial_stride for size in (latents.shape[4], latents.shape[3])]
+            raise ValueError(f"latents stand for {pixels[0]}x{pixels[1]} pixels; width and height must be multiples of "
+                             f"{2 * self.vae_spec.spatial_stride}.")
+        if not latents.isfinite().all():
+            raise ValueError("the latents hold NaN or infinite values; look for where they come from (often a VAE that "
+                             "overflows in float16).")
+
+    def check_context(self, context: Tensor) -> None:
+        """Raise ValueError unless the text embedding [B, L, width] is finite and as wide as the model's text input."""
+        if context.shape[-1] != self.spec.text_dim:
+            raise ValueError(f"the prompt was encoded to a width of {context.shape[-1]}, {self.preset.title} takes "
+                             f"{self.spec.text_dim}. Use the text encoder {self.preset.text_encoder}.")
+        if not context.isfinite().all():
+            raise ValueError("the prompt was encoded to NaN or infinite values; use another precision for the text "
+                             "encoder.")
