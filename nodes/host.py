@@ -38,6 +38,7 @@ try:
     import latent_preview
     from comfy.cli_args import args as comfy_arguments
     from comfy.patcher_extension import CallbacksMP
+    from server import PromptServer
 except ModuleNotFoundError as missing:
     # A folder named "comfy" (one of tests, say) does not make ComfyUI; what ComfyUI itself lacks is its own error.
     if missing.name.partition(".")[0] not in ("comfy", "folder_paths", "latent_preview"):
@@ -120,6 +121,10 @@ class Standalone:
 
     def check_interrupt(self) -> None:
         """Raise if the user has pressed the cancel button."""
+
+    def say(self, node_id: str | None, text: str) -> None:
+        """Tell the user what a node found, in the log and, where there is a page, in the node."""
+        log.info("Wan: %s", text)
 
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Advance]:
@@ -204,6 +209,12 @@ class ComfyUI(Standalone):
 
     def check_interrupt(self) -> None:
         management.throw_exception_if_processing_interrupted()
+
+    def say(self, node_id: str | None, text: str) -> None:
+        super().say(node_id, text)
+        page = getattr(PromptServer, "instance", None)
+        if page is not None and node_id is not None:
+            page.send_progress_text(text, node_id, page.client_id)
 
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Advance]:

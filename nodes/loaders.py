@@ -12,6 +12,7 @@ from ..wan_core.models import Model, load_clip_vision, load_experts, load_model,
 from ..wan_core.presets import PRESETS, TRANSFORMERS
 from ..wan_core.vae import Tiling
 from ..wan_core.weights import TARGETS, can_run
+from ..wan_core.weights.fp8 import SWITCH
 from .host import HOST
 from .sockets import ComfyCLIPVision, ComfyTextEncoder, ComfyVAE
 
@@ -34,6 +35,10 @@ WEIGHTS = ([AS_STORED, *TARGETS], {
     "tooltip": "How the transformer's weights are kept in memory. as stored: in the file's own format, quantised or "
                "not. The others make BF16, FP16 or FP32 files smaller while they are loaded: fp8_scaled and q8_0 to "
                "half of BF16 with little loss, q4_0 to a third."})
+FP8_PRODUCTS = (list(SWITCH), {
+    "default": "auto",
+    "tooltip": "Whether FP8 weights are multiplied in FP8, which is faster and a little less exact. auto: on cards "
+               "that have it (NVIDIA since RTX 40). off: they are turned into the working precision first."})
 
 
 class WanCoreModelLoader:
@@ -65,16 +70,21 @@ class WanCoreModelLoader:
             "attention": ATTENTION,
         }, "optional": {
             "weights": WEIGHTS,
+            "fp8_products": FP8_PRODUCTS,
+        }, "hidden": {
+            "node_id": "UNIQUE_ID",
         }}
 
     @classmethod
     def IS_CHANGED(cls, model: str, **_others: object) -> str:
         return HOST.fingerprint("diffusion_models", model)
 
-    def load(self, model: str, preset: str, precision: str, attention: str, weights: str = AS_STORED) -> tuple[Model]:
+    def load(self, model: str, preset: str, precision: str, attention: str, weights: str = AS_STORED,
+             fp8_products: str = "auto", node_id: str | None = None) -> tuple[Model]:
         loaded = load_model(HOST.model_path("diffusion_models", model), preset=None if preset == AUTO else preset,
-                            placement=HOST.placement("transformer"), dtype=precision, attention=attention)
-        return (loaded if weights == AS_STORED else loaded.quantised(weights),)
+                            placement=HOST.placement("transformer"), dtype=precision, attention=attention,
+                            fp8_products=fp8_products)
+        return _found(loaded, weights, node_id)
 
 
 class WanCoreExpertPairLoader:
@@ -104,6 +114,9 @@ class WanCoreExpertPairLoader:
             "attention": ATTENTION,
         }, "optional": {
             "weights": WEIGHTS,
+            "fp8_products": FP8_PRODUCTS,
+        }, "hidden": {
+            "node_id": "UNIQUE_ID",
         }}
 
     @classmethod
@@ -111,15 +124,16 @@ class WanCoreExpertPairLoader:
         return HOST.fingerprint("diffusion_models", high_noise, low_noise)
 
     def load(self, high_noise: str, low_noise: str, precision: str, attention: str,
-             weights: str = AS_STORED) -> tuple[Model]:
+             weights: str = AS_STORED, fp8_products: str = "auto", node_id: str | None = None) -> tuple[Model]:
         # Nothing in the tensors tells the experts apart; their names usually do.
         if "low_noise" in high_noise.lower() or "high_noise" in low_noise.lower():
             log.warning("Wan: the high-noise expert is %s and the low-noise expert %s; they seem to be swapped.",
                         high_noise, low_noise)
         loaded = load_experts(HOST.model_path("diffusion_models", high_noise),
                               HOST.model_path("diffusion_models", low_noise),
-                              placement=HOST.placement("transformer"), dtype=precision, attention=attention)
-        return (loaded if weights == AS_STORED else loaded.quantised(weights),)
+                              placement=HOST.placement("transformer"), dtype=precision, attention=attention,
+                              fp8_products=fp8_products)
+        return _found(loaded, weights, node_id)
 
 
 class WanCoreTextEncoderLoader:
@@ -139,17 +153,20 @@ class WanCoreTextEncoderLoader:
         return {"required": {
             "text_encoder": (HOST.model_names("text_encoders"), {
                 "tooltip": "A file in models/text_encoders: umt5_xxl as BF16, FP16, FP8 or GGUF for the released "
-                           "models, the nano encoder for the nano models. A file without tokenizer needs Google's "
-                           "spiece.model beside it."}),
+                           "models, the nano encoder for the nano models. A file without a tokenizer inside, such as "
+                           "the official .pth, needs Google's spiece.model beside it or in a folder tokenizer."}),
+        }, "hidden": {
+            "node_id": "UNIQUE_ID",
         }}
 
     @classmethod
     def IS_CHANGED(cls, text_encoder: str) -> str:
         return HOST.fingerprint("text_encoders", text_encoder)
 
-    def load(self, text_encoder: str) -> tuple[ComfyTextEncoder]:
+    def load(self, text_encoder: str, node_id: str | None = None) -> tuple[ComfyTextEncoder]:
         encoder = load_text_encoder(HOST.model_path("text_encoders", text_encoder),
                                     placement=HOST.placement("text_encoder"))
+        HOST.say(node_id, encoder.part.summary())
         return (ComfyTextEncoder(encoder),)
 
 
@@ -173,15 +190,19 @@ class WanCoreCLIPVisionLoader:
                 "tooltip": "A file in models/clip_vision: clip_vision_h, or the official models_clip file; the nano "
                            "encoder for nano I2V."}),
             "precision": PRECISION,
+        }, "hidden": {
+            "node_id": "UNIQUE_ID",
         }}
 
     @classmethod
     def IS_CHANGED(cls, clip_vision: str, **_others: object) -> str:
         return HOST.fingerprint("clip_vision", clip_vision)
 
-    def load(self, clip_vision: str, precision: str) -> tuple[ComfyCLIPVision]:
-        return (ComfyCLIPVision(load_clip_vision(HOST.model_path("clip_vision", clip_vision),
-                                                 placement=HOST.placement("clip_vision"), dtype=precision)),)
+    def load(self, clip_vision: str, precision: str, node_id: str | None = None) -> tuple[ComfyCLIPVision]:
+        encoder = load_clip_vision(HOST.model_path("clip_vision", clip_vision),
+                                   placement=HOST.placement("clip_vision"), dtype=precision)
+        HOST.say(node_id, encoder.part.summary())
+        return (ComfyCLIPVision(encoder),)
 
 
 class WanCoreVAELoader:
@@ -212,16 +233,27 @@ class WanCoreVAELoader:
                 "default": 64, "min": 8, "max": 1024, "step": 8,
                 "tooltip": "Pixels that neighbouring tiles share and blend, at most half a tile. Counts only with a "
                            "tile_size."}),
+        }, "hidden": {
+            "node_id": "UNIQUE_ID",
         }}
 
     @classmethod
     def IS_CHANGED(cls, vae: str, **_others: object) -> str:
         return HOST.fingerprint("vae", vae)
 
-    def load(self, vae: str, precision: str, tile_size: int, tile_overlap: int) -> tuple[ComfyVAE]:
+    def load(self, vae: str, precision: str, tile_size: int, tile_overlap: int,
+             node_id: str | None = None) -> tuple[ComfyVAE]:
         tiling = Tiling(tile_size, tile_size, tile_overlap) if tile_size else None
-        return (ComfyVAE(load_vae(HOST.model_path("vae", vae), placement=HOST.placement("vae"), dtype=precision,
-                                  tiling=tiling)),)
+        loaded = load_vae(HOST.model_path("vae", vae), placement=HOST.placement("vae"), dtype=precision, tiling=tiling)
+        HOST.say(node_id, loaded.part.summary())
+        return (ComfyVAE(loaded),)
+
+
+def _found(model: Model, weights: str, node_id: str | None) -> tuple[Model]:
+    """The model with its weights as wanted; the node says what it is."""
+    model = model if weights == AS_STORED else model.quantised(weights)
+    HOST.say(node_id, model.summary())
+    return (model,)
 
 
 def first_with(part: str, names: list[str]) -> str:

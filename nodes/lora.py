@@ -70,6 +70,15 @@ class WanCoreLora:
                 "lora_stack": ("LORA_STACK", {
                     "tooltip": "A stack of LoRAs from another pack, applied first, whole and over all noise levels. "
                                "Its strengths for the text encoder do nothing: Wan LoRAs have no such part."}),
+                "merge": ("BOOLEAN", {
+                    "default": False, "label_on": "yes", "label_off": "no",
+                    "tooltip": "yes: all LoRAs of the model so far are folded into its weights while these are read, "
+                               "which saves a little time at every step; a new strength then reads the model anew. "
+                               "Those on quantised weights, or with a range of noise levels, stay beside the "
+                               "weights."}),
+            },
+            "hidden": {
+                "node_id": "UNIQUE_ID",
             },
         }
 
@@ -78,7 +87,8 @@ class WanCoreLora:
         return "" if lora == NONE else HOST.fingerprint("loras", lora)
 
     def add(self, model: Model, lora: str, strength: float, low_noise: str, strength_low: float, start_sigma: float,
-            end_sigma: float, blocks: str, lora_stack: list | None = None) -> tuple[Model, str]:
+            end_sigma: float, blocks: str, lora_stack: list | None = None, merge: bool = False,
+            node_id: str | None = None) -> tuple[Model, str]:
         count = len(model.loras)
         for name, whole_strength in _stacked(lora_stack):
             model = model.with_lora(open_lora(HOST.model_path("loras", name)), whole_strength)
@@ -86,10 +96,9 @@ class WanCoreLora:
             low = strength_low if low_noise == OWN else None
             model = model.with_lora(open_lora(HOST.model_path("loras", lora)), strength, low, start=start_sigma,
                                     end=end_sigma, blocks=blocks)
-        reports = [format_match(added) for added in model.loras[count:]]
-        for report in reports:
-            log.info("Wan: LoRA %s", report)
-        return model, "\n".join(reports) or "no LoRA"
+        report = "\n".join(format_match(added) for added in model.loras[count:]) or "no LoRA"
+        HOST.say(node_id, report)
+        return model.merged() if merge else model, report
 
 
 def _stacked(stack: list | None) -> list[tuple[str, float]]:

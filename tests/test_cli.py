@@ -77,7 +77,8 @@ def test_every_option_reaches_the_run(shell, tmp_path):
     settings.pop("seconds")
     assert settings == {
         "prompt": "a red circle", "negative_prompt": "blurry", "width": 32, "height": 16, "frames": 5, "steps": 2,
-        "seed": 5, "solver": "dpm++", "shift": 4.0, "guidance": [2.5, 2.5], "fps": 12.5, "model": "nano_t2v"}
+        "seed": 5, "solver": "dpm++", "shift": 4.0, "guidance": [2.5, 2.5], "fps": 12.5, "model": "nano_t2v",
+        "files": ["model.safetensors"], "loras": []}
     assert read_video(tmp_path / "clip.mp4").shape == (5, 16, 32, 3)
 
 

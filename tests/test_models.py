@@ -18,6 +18,8 @@ from tests.small_models import (
     write_text_encoder,
     write_transformer,
 )
+from tests.vocabulary import write_gguf_text_encoder
+from wan_core import nano
 from wan_core.conditioning import TextCondition, VaceCondition
 from wan_core.dit import ModelInputs, WanTransformer
 from wan_core.memory import OneAtATime
@@ -37,6 +39,7 @@ from wan_core.training.nano_tokenizer import train_tokenizer
 from wan_core.vae import Tiling
 from wan_core.vision import preprocess
 from wan_core.weights import LoadError, expected_shapes, save_weights
+from wan_core.weights.fp8 import choose_fp8_products
 
 CPU = OneAtATime("cpu")
 
@@ -136,7 +139,7 @@ def test_tokenizer_comes_from_the_file_or_beside_it(files, tmp_path):
     """Inside the checkpoint, as spiece.model beside it, or given by name; without any of them it is an error."""
     inside = load_text_encoder(files.text_encoder, placement=CPU).tokenizer
     bare = write_text_encoder(tmp_path / "bare.safetensors", tokenizer=False)
-    with pytest.raises(LoadError, match="bare.safetensors holds no tokenizer. Give the SentencePiece file"):
+    with pytest.raises(LoadError, match="bare.safetensors holds no tokenizer, .* Give google/umt5-xxl's"):
         load_text_encoder(bare, placement=CPU)
     (tmp_path / "other.model").write_bytes(inside.to_bytes())
     given = load_text_encoder(bare, tokenizer=tmp_path / "other.model", placement=CPU).tokenizer
@@ -146,6 +149,64 @@ def test_tokenizer_comes_from_the_file_or_beside_it(files, tmp_path):
     assert inside.pieces(text) == given.pieces(text) == beside.pieces(text)
     with pytest.raises(ValueError, match="cannot read tokenizer"):
         load_text_encoder(bare, tokenizer=tmp_path / "absent.model", placement=CPU)
+
+
+@pytest.mark.parametrize("encoder, tokenizer", [
+    ("text_encoder/model.safetensors", "tokenizer/spiece.model"), ("umt5.safetensors", "tokenizer/spiece.model"),
+    ("umt5.safetensors", "google/umt5-xxl/spiece.model")])
+@pytest.mark.parametrize("how", ["file", "folder", "relative"])
+def test_tokenizer_comes_from_the_folders_of_a_model(files, tmp_path, monkeypatch, encoder, tokenizer, how):
+    """In the layout of diffusers and in that of the official repositories it is found, by whatever path one comes."""
+    inside = load_text_encoder(files.text_encoder, placement=CPU).tokenizer
+    path, spiece = tmp_path / encoder, tmp_path / tokenizer
+    for folder in (path.parent, spiece.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text_encoder(path, tokenizer=False)
+    with pytest.raises(LoadError, match="tokenizer/spiece.model or google/umt5-xxl/spiece.model in its folder"):
+        load_text_encoder(path, placement=CPU)
+    spiece.write_bytes(inside.to_bytes())
+    monkeypatch.chdir(path.parent)
+    given = {"file": path, "folder": tmp_path, "relative": path.name}[how]
+    assert load_text_encoder(given, placement=CPU).tokenizer.to_bytes() == inside.to_bytes()
+
+
+def test_the_nearest_tokenizer_is_taken(files, tmp_path):
+    """What is given comes before what is inside the file, then what is beside it, then what is in other folders."""
+    def spiece(path, words):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(train_tokenizer(words.split(), 300))
+        return path
+
+    folder = tmp_path / "text_encoder"
+    folder.mkdir()
+    bare = write_text_encoder(folder / "bare.safetensors", tokenizer=False)
+    within = write_gguf_text_encoder(folder / "within.gguf", files.text_encoder)
+    places = [spiece(tmp_path / place, words) for place, words in (
+        ("text_encoder/google/umt5-xxl/spiece.model", "red green"), ("text_encoder/tokenizer/spiece.model", "one two"),
+        ("tokenizer/spiece.model", "left right"), ("text_encoder/spiece.model", "circle square"))]
+    given = spiece(tmp_path / "given.model", "slow fast")
+    for path in places[::-1]:
+        assert load_text_encoder(bare, placement=CPU).tokenizer.to_bytes() == path.read_bytes()
+        path.rename(path.with_name("away"))
+    for path in places:
+        path.with_name("away").rename(path)
+    for file in (within, files.text_encoder, bare):
+        encoder = load_text_encoder(file, tokenizer=given, placement=CPU)
+        assert encoder.tokenizer.to_bytes() == given.read_bytes()
+    def ids(file):
+        return load_text_encoder(file, placement=CPU).tokenizer.pieces("a red circle moving left")
+
+    assert ids(within) == ids(files.text_encoder) != ids(bare)
+
+
+def test_a_gguf_text_encoder_is_whole(tmp_path):
+    """The bundled encoder as one GGUF file, tokenizer and all, gives the same embeddings as the safetensors file."""
+    path = write_gguf_text_encoder(tmp_path / "umt5.gguf", nano.TEXT_ENCODER)
+    ours, theirs = load_text_encoder(path, placement=CPU), load_text_encoder(placement=CPU)
+    prompts = ["a red circle moving left", "", "ｒｅｄ 日本 (green:1.3) 😀"]
+    assert torch.equal(ours.encode(prompts), theirs.encode(prompts))
+    with pytest.raises(LoadError, match="bare.gguf holds no tokenizer"):
+        load_text_encoder(write_gguf_text_encoder(tmp_path / "bare.gguf", nano.TEXT_ENCODER, tokenizer=False))
 
 
 def test_a_tokenizer_of_another_model_is_refused(files, tmp_path):
@@ -405,3 +466,26 @@ def test_files_that_are_no_vace_module(files, tmp_path):
     save_weights(tmp_path / "cut.safetensors", cut)
     with pytest.raises(LoadError, match="cut.safetensors is no whole VACE module: its tensor .*before_proj.weight. is"):
         add_vace(plain, tmp_path / "cut.safetensors")
+
+
+def test_fp8_products_are_a_choice():
+    """Promise: "off" multiplies the numbers that the weights stand for, "on" rounds the activations to FP8 too and stays
+    near it, and the choice is that of each handle; where the device cannot, "on" is refused."""
+    model = load_model(dtype="bfloat16", placement=CPU).quantised("fp8_scaled")
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn((1, 16, 2, 4, 4), generator=generator)
+    context = torch.randn((1, 5, 96), generator=generator)
+
+    def velocity(handle):
+        module = handle.get("low")
+        with torch.no_grad():
+            return module(ModelInputs(latents, torch.tensor([700.0]), module.prepare_text(context)))
+
+    off, on = velocity(replace(model, fp8_products="off")), velocity(replace(model, fp8_products="on"))
+    assert torch.equal(velocity(model), off), "a CPU is not faster at it"
+    assert 1e-3 < (on - off).norm() / off.norm() < 0.1
+    assert "FP8 e4m3 weights in FP8" in replace(model, fp8_products="on").summary() and "in FP8" not in model.summary()
+    with pytest.raises(ValueError, match="unknown choice of FP8 products 'yes'"):
+        replace(model, fp8_products="yes")
+    with pytest.raises(ValueError, match="the device meta has none: they need an NVIDIA card"):
+        choose_fp8_products("on", torch.device("meta"))

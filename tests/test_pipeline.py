@@ -55,7 +55,7 @@ def test_generate_gives_frames_and_what_made_them(parts):
     assert video.settings == {
         "prompt": "a red circle", "negative_prompt": defaults.negative_prompt, **SMALL, "seed": 7,
         "solver": defaults.solver, "shift": defaults.shift, "guidance": (2.5, 2.5), "fps": defaults.fps,
-        "model": "nano_t2v", "seconds": video.settings["seconds"]}
+        "model": "nano_t2v", "files": ["model.safetensors"], "loras": [], "seconds": video.settings["seconds"]}
 
 
 def test_same_seed_same_video(parts):

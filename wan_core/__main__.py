@@ -33,6 +33,7 @@ from .vae import Tiling
 from .video import check_video_path, read_video
 from .visuals import Visuals
 from .weights import TARGETS, describe, format_report, human_size, open_model, write_quantised
+from .weights.fp8 import SWITCH
 from .weights.lora import format_match, open_lora
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,11 @@ def _add_inputs(make: argparse.ArgumentParser) -> None:
     files.add_argument("--lora", type=_lora, action="append", metavar="FILE[=STRENGTH[,LOW]]",
                        help="LoRA file, how strong it is (default: 1), and how strong for the low-noise expert of a "
                             "pair (default: the same); repeatable")
+    files.add_argument("--merge-loras", action="store_true",
+                       help="fold the LoRAs into the weights while these are read, where they are not quantised")
     files.add_argument("--weights", choices=list(TARGETS), help="quantise the transformer's matrices when it is loaded")
+    files.add_argument("--fp8-products", choices=list(SWITCH), default="auto",
+                       help="multiply FP8 weights in FP8 (default: where the device is faster at it)")
     files.add_argument("--preset", choices=list(PRESETS), metavar="NAME",
                        help="which preset, where several share the file's architecture")
     shown = make.add_argument_group("pictures and videos", "files of any format that ffmpeg reads")
@@ -193,11 +198,13 @@ def _load_transformer(options: argparse.Namespace, placement: OneAtATime) -> Mod
     for path, strength, low in options.lora or ():
         model = model.with_lora(open_lora(path), strength, low)
         log.info("LoRA %s", format_match(model.loras[-1]))
-    return model
+    log.info("%s", model.summary())
+    return model.merged() if options.merge_loras else model
 
 
 def _load_files(options: argparse.Namespace, placement: OneAtATime) -> Model:
-    common = {"preset": options.preset, "placement": placement, "dtype": options.dtype, "attention": options.attention}
+    common = {"preset": options.preset, "placement": placement, "dtype": options.dtype, "attention": options.attention,
+              "fp8_products": options.fp8_products}
     if options.high is None and options.low is None:
         return load_model(options.model or NANO, **common)
     if options.model is not None:

@@ -207,7 +207,7 @@ def generate(prompt: str, *, model: Model | None = None, vae: VideoVAE | None = 
     latents = sample(model, shown.latents, schedule, conditions, scales, noise=noise, mask=shown.mask,
                      solver=settings.solver, on_step=on_step, on_block=on_block)
     pixels = vae.decode(latents[:, :, shown.trim:])[0]
-    record = {**asdict(settings), "model": model.preset.name, "seconds": round(time.perf_counter() - started, 1)}
+    record = {**asdict(settings), **model.record(), "seconds": round(time.perf_counter() - started, 1)}
     return Video(to_uint8(pixels.movedim(0, -1)), settings.fps, record)
 
 

@@ -52,6 +52,7 @@ def test_run_from_the_page(comfy_page, client, comfy_server, shipped):
     run = client.wait(comfy_page.queue())
     assert run.status == "success", run.error
     comfy_page.wait_for_media("video")
+    comfy_page.page.get_by_text("Nano T2V").first.wait_for()
     assert len(comfy_page.preview_frames) >= 15, "a preview after each of the 20 steps, or nearly"
     file, = run.saved_files()
     assert read_video(comfy_server.saved_path(file)).shape == (17, 64, 64, 3)

@@ -12,8 +12,8 @@ PACK = Path(__file__).resolve().parent.parent.parent
 
 # Saved workflows store widget values by position. Lines may be appended to a list, never inserted, moved or removed.
 WIDGETS = {
-    "WanCoreModelLoader": ["model", "preset", "precision", "attention", "weights"],
-    "WanCoreExpertPairLoader": ["high_noise", "low_noise", "precision", "attention", "weights"],
+    "WanCoreModelLoader": ["model", "preset", "precision", "attention", "weights", "fp8_products"],
+    "WanCoreExpertPairLoader": ["high_noise", "low_noise", "precision", "attention", "weights", "fp8_products"],
     "WanCoreTextEncoderLoader": ["text_encoder"],
     "WanCoreCLIPVisionLoader": ["clip_vision", "precision"],
     "WanCoreVAELoader": ["vae", "precision", "tile_size", "tile_overlap"],
@@ -28,7 +28,8 @@ WIDGETS = {
     "WanCoreVaceModule": ["module", "module_low"],
     "WanCoreDecode": ["tile_size", "tile_overlap", "trim_latent"],
     "WanCoreSaveVideo": ["fps", "filename_prefix", "crf"],
-    "WanCoreLora": ["lora", "strength", "low_noise", "strength_low", "start_sigma", "end_sigma", "blocks"],
+    "WanCoreLora": ["lora", "strength", "low_noise", "strength_low", "start_sigma", "end_sigma", "blocks",
+                    "merge"],
 }
 SOCKETS = {
     "WanCoreModelLoader": ([], ["WAN_MODEL"]),

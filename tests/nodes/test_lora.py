@@ -97,10 +97,26 @@ def test_the_report(call, loras, caplog):
         "  skipped 2 keys: for a tensor blocks.0.ffn.0.weight of shape [7, 7], which in this model has [384, 128]",
         "  skipped 2 keys: for the CLIP image branch of Wan 2.1 image-to-video, which this model does not have",
         "  unknown 1 keys: strange.key"]
-    assert f"Wan: LoRA {report}" in caplog.text
+    assert f"Wan: {report}" in caplog.text
     chained, report = call("WanCoreLora", model=model, lora="sub/b.safetensors")
     assert len(chained.loras) == 2 and report == f"b.safetensors: {COUNT} of {COUNT} adapters matched, strength 1"
     assert call("WanCoreLora", model=model)[1] == "no LoRA"
+
+
+def test_merge(call, loras, sample):
+    """Promise: with merge the LoRAs are in the weights, with the same result but for rounding to the file's bfloat16,
+    and the model that went in is as it was; on quantised weights they stay beside them."""
+    model, = call("WanCoreModelLoader", precision="float32")
+    plain = sample(model)
+    beside, _ = call("WanCoreLora", model=model, lora="a.safetensors")
+    merged, _ = call("WanCoreLora", model=model, lora="a.safetensors", merge=True)
+    assert len(beside.loras) == 1 and not merged.loras and merged.record() == beside.record()
+    expected = sample(beside)
+    assert 0 < (sample(merged) - expected).norm() < 0.05 * (expected - plain).norm()
+    assert torch.equal(sample(model), plain)
+    quantised, = call("WanCoreModelLoader", precision="float32", weights="q8_0")
+    kept, _ = call("WanCoreLora", model=quantised, lora="a.safetensors", merge=True)
+    assert len(kept.loras) == 1 and kept.record() == beside.record()
 
 
 def test_the_report_on_a_pair(call, loras):

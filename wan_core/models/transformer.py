@@ -9,7 +9,9 @@ from ..dit import WanTransformer, check_backend
 from ..memory import Placement, working_dtype
 from ..presets import VAES, Preset, TransformerSpec, VAESpec
 from ..vae import LatentStats
-from ..weights import LoadError
+from ..weights import LoadError, human_size
+from ..weights.fp8 import MULTIPLIED, choose_fp8_products
+from ..weights.linear import use_fp8_products
 from ..weights.lora import Lora, LoraFile, adapt, fold
 from .part import Part
 
@@ -18,7 +20,9 @@ from .part import Part
 class Model:
     """A transformer, or a high- and a low-noise expert, with its preset and how to run it.
 
-    Raises ValueError for an unknown precision or attention backend.
+    `fp8_products` is "auto", "on" or "off": whether FP8 weights are multiplied in FP8, "auto" where the device is
+    faster at it. `folded` are LoRAs that are in the weights already. Raises ValueError for an unknown precision or
+    attention backend, and for FP8 products on a device that has none.
     """
 
     high: Part
@@ -28,10 +32,13 @@ class Model:
     dtype: str = "auto"
     attention: str = "sdpa"
     loras: tuple[Lora, ...] = ()
+    fp8_products: str = "auto"
+    folded: tuple[Lora, ...] = ()
 
     def __post_init__(self) -> None:
         check_backend(self.attention)
         working_dtype(self.dtype, self.low.stored_dtype, self.placement.device)
+        choose_fp8_products(self.fp8_products, self.placement.device)
 
     @property
     def boundary(self) -> float | None:
@@ -57,6 +64,26 @@ class Model:
         """
         low = self.low.quantised(form)
         return replace(self, low=low, high=low if self.high is self.low else self.high.quantised(form))
+
+    def summary(self) -> str:
+        """Lines for people: what was found in the files, and how it will be computed."""
+        parts = {"high noise: ": self.high, "low noise: ": self.low} if self.preset.experts else {"": self.low}
+        dtype = working_dtype(self.dtype, self.low.stored_dtype, self.placement.device)
+        computed = str(dtype).removeprefix("torch.")
+        stored = {form for part in parts.values() for form in part.file.quantised.values()}
+        if MULTIPLIED in stored and choose_fp8_products(self.fp8_products, self.placement.device):
+            computed += f", products of {MULTIPLIED} weights in FP8"
+        files = [f"{expert}{part.summary()}, {human_size(part.size(dtype))} on the device"
+                 for expert, part in parts.items()]
+        return "\n".join([self.preset.title, *files, f"computed in {computed} on {self.placement.device}"])
+
+    def record(self) -> dict[str, object]:
+        """What a made video is to remember of its model: preset, files, LoRAs with their strengths."""
+        files = (self.high, self.low) if self.preset.experts else (self.low,)
+        folded = {lora.key for lora in self.folded}
+        loras = (*self.folded, *(lora for lora in self.loras if lora.key not in folded))
+        return {"model": self.preset.name, "files": [part.label for part in files],
+                "loras": [{"file": lora.file.path.name, **lora.strengths} for lora in loras]}
 
     def name_at(self, timestep: float) -> str:
         """'high' or 'low': which expert works at `timestep` (0..1000). A single model is 'low' throughout."""
@@ -92,12 +119,13 @@ class Model:
         files, left = fold({name: part.file for name, part in parts.items()}, self.loras)
         low = replace(self.low, file=files["low"])
         return replace(self, low=low, high=replace(self.high, file=files["high"]) if self.preset.experts else low,
-                       loras=left)
+                       loras=left, folded=(*self.folded, *(lora for lora in self.loras if lora not in left)))
 
     def get(self, name: str, sigma: float = 0.0) -> WanTransformer:
         """The expert, ready to run on the placement's device at a noise level; until the next call of any copy."""
         part = self.high if name == "high" else self.low
         module = self.placement.place(part, working_dtype(self.dtype, part.stored_dtype, self.placement.device))
+        use_fp8_products(module, choose_fp8_products(self.fp8_products, self.placement.device))
         adapt(module, self.loras, name, sigma)
         return module
 

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from .quantised import Quantised, Scaled
 
+SWITCH = ("auto", "on", "off")
+# The name of the weight format that can be multiplied.
+MULTIPLIED = Scaled(torch.float8_e4m3fn).name
+
 _LARGEST = 448.0
 # Sides of a matrix must be multiples of this.
 _GRAIN = 16
@@ -19,6 +23,20 @@ _ADA, _HOPPER = (8, 9), (9, 0)
 def has_fp8_products(device: torch.device) -> bool:
     """Whether the device multiplies FP8 matrices faster than others."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= _ADA
+
+
+def choose_fp8_products(switch: str, device: torch.device) -> bool:
+    """Whether products are to be computed in FP8: as `switch` says, for "auto" where the device is faster at it.
+
+    Raises ValueError for an unknown word, and for "on" where the device cannot.
+    """
+    if switch not in SWITCH:
+        raise ValueError(f"unknown choice of FP8 products {switch!r}; choose {', '.join(SWITCH)}.")
+    # A CPU can and is slow; that is for checking.
+    if switch == "on" and device.type != "cpu" and not has_fp8_products(device):
+        raise ValueError(f"FP8 products were asked for, and the device {device} has none: they need an NVIDIA card of "
+                         "the Ada generation (RTX 40) or newer. Use auto or off.")
+    return switch == "on" or switch == "auto" and has_fp8_products(device)
 
 
 def can_multiply(weight: Quantised) -> bool:
