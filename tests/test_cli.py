@@ -291,7 +291,7 @@ def spiece_of(files) -> bytes:
 @pytest.mark.parametrize("line", [
     "", "generate", "generate x --size 64", "generate x --guidance high", "generate x --guidance 1,2,3",
     "generate x --solver heun", "generate x --steps two", "generate x --preset wan3", "generate x --attention sage",
-    "generate x --lora x=1,2,3", "generate x --lora x=nan", "generate x --weights q5_0", "inspect", "paint x",
+    "generate x --lora x=1,2,3", "generate x --lora x=nan", "generate x --weights q9_0", "inspect", "paint x",
 ])
 def test_misspelt_commands_end_with_status_2(line, capsys):
     """What the parser refuses has the same status, and its last line says what is wrong."""
@@ -375,9 +375,10 @@ def test_inspect_says_what_memory_is_needed(tmp_path, capsys):
     assert main(["inspect", str(nano.T2V)]) == 0
     out = capsys.readouterr().out
     assert re.search(r"\n    self_attn +48 bfloat16\n", out) and re.search(r"\n    as stored +3\.18 MB\n", out)
-    rows = re.findall(r"\n    (\w+) +([\d.]+) MB", out.partition("memory")[2])
-    sizes = {choice: float(size) for choice, size in rows}
+    rows = re.findall(r"\n    (\w+) +([\d.]+) (MB|kB)", out.partition("memory")[2])
+    sizes = {choice: float(size) / (1 if unit == "MB" else 1000) for choice, size, unit in rows}
     assert set(TARGETS) <= set(sizes) and 0.9 < sizes["q4_0"] < 1.4 < sizes["fp8_scaled"] < sizes["q8_0"] < 2
+    assert sizes["q2_k"] < sizes["q3_k"] < sizes["q4_k"] < sizes["q5_k"] < sizes["q6_k"] < sizes["int8"]
     assert main(["quantize", str(nano.T2V), str(tmp_path / "small.gguf"), "--format", "q4_0"]) == 0
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "small.gguf")]) == 0

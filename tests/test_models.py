@@ -469,8 +469,8 @@ def test_files_that_are_no_vace_module(files, tmp_path):
 
 
 def test_fp8_products_are_a_choice():
-    """Promise: "off" multiplies the numbers that the weights stand for, "on" rounds the activations to FP8 too and stays
-    near it, and the choice is that of each handle; where the device cannot, "on" is refused."""
+    """Promise: "off" multiplies the numbers that the weights stand for, "on" rounds the activations to FP8 too and
+    stays near it, and the choice is that of each handle; where the device cannot, "on" is refused."""
     model = load_model(dtype="bfloat16", placement=CPU).quantised("fp8_scaled")
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn((1, 16, 2, 4, 4), generator=generator)

@@ -18,7 +18,8 @@ HOST = {"comfy", "comfy_api", "comfy_api_nodes", "comfy_execution", "comfy_extra
         "latent_preview", "node_helpers", "nodes", "server"}
 TEST_ONLY = {"accelerate", "diffusers", "hypothesis", "peft", "pytest", "transformers"}
 # ftfy is used where it is installed and may be absent.
-RUN_TIME = {"einops", "ftfy", "gguf", "imageio_ffmpeg", "numpy", "safetensors", "sentencepiece", "torch", "tqdm"}
+RUN_TIME = {"einops", "ftfy", "gguf", "imageio_ffmpeg", "numpy", "safetensors", "sentencepiece", "torch", "tqdm",
+            "triton"}
 
 # Room -> the rooms that it may import. Single files directly in wan_core are rooms, too.
 MAY_IMPORT = {

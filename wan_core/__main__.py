@@ -70,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("file", type=Path)
     quantize = commands.add_parser("quantize", help="write a smaller file of a transformer",
                                    description="Quantise the matrices of a transformer's blocks and write a new file; "
-                                               "FP8 as .safetensors, Q8_0 and Q4_0 as .gguf.")
+                                               "FP8, int8, MXFP8 and NVFP4 as .safetensors, "
+                                               "GGUF's block formats as .gguf.")
     quantize.set_defaults(run=_quantize)
     quantize.add_argument("input", type=Path, help="BF16, FP16 or FP32 file")
     quantize.add_argument("output", type=Path, help="file to write")

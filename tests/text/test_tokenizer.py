@@ -1,46 +1,18 @@
 """Tokenizer against transformers, its sources, its limits and its refusals."""
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 import sentencepiece
 import torch
 from transformers import T5Tokenizer
 
+from tests.vocabulary import protobuf_fields
 from wan_core.text import Tokenizer
 from wan_core.training.nano_tokenizer import train_tokenizer
 
 TEXTS = ["", "A red circle", "A RED  circle ", "a green square, moving up.", "ｒｅｄ ﬁne", "日本語 red 日本", "x", ".",
          "a" * 50, "“blue”", "red\u200bcircle", "cafe\u0301 naïve 😀", "a\tred\ncircle"]
-
-
-def protobuf_fields(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Length-delimited fields of a protobuf message (the others are skipped)."""
-    position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = data[position]
-            position += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while position < len(data):
-        field, kind = divmod(varint(), 8)
-        if kind == 0:
-            varint()
-        elif kind == 5:
-            position += 4
-        else:
-            assert kind == 2
-            size = varint()
-            yield field, data[position:position + size]
-            position += size
 
 
 @pytest.fixture(scope="module")

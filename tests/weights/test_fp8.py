@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from wan_core.weights.fp8 import can_multiply, fp8_product, has_fp8_products
-from wan_core.weights.gguf_blocks import FORMATS, quantise
+from wan_core.weights.gguf_blocks import FORMATS
+from wan_core.weights.gguf_encode import quantise
 from wan_core.weights.quantised import Blocks, Quantised, Scaled
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -1,6 +1,7 @@
 """GGUF files: what the gguf package writes is read lazily and equal to the package's own reading; damage is named."""
 
 import struct
+import time
 
 import gguf
 import numpy as np
@@ -79,6 +80,17 @@ def test_a_shape_of_another_size_is_refused(write):
         open_weights(path)
 
 
+def test_the_values_of_the_header_go_with_the_file(write):
+    """Promise: lists and numbers of the header are there, read-only, under other names of the tensors, too."""
+    file = open_weights(write([("w", np.zeros(4, np.float32), "F32")], [("some.list", ["a", "b"]), ("more", [1, 2])]))
+    other = file.renamed({"v": "w"})
+    for each in (file, other, other.extended(file)):
+        assert each.header_values["some.list"] == ["a", "b"] and each.header_values["more"] == [1, 2]
+        assert each.header_values["general.architecture"] == "wan" and "some.list" not in each.metadata
+    with pytest.raises(TypeError):
+        file.header_values["more"] = 1
+
+
 def test_types_without_a_reader_are_refused_by_name(write):
     """Promise: an IQ2_XS file is named as such, with another way to go than downloading it again."""
     path = write([("w", np.zeros((4, 74), np.uint8), "IQ2_XS")])
@@ -127,6 +139,21 @@ def test_damaged_headers_are_refused(content, message, tmp_path):
     path.write_bytes(content)
     with pytest.raises(LoadError, match=message):
         open_weights(path)
+
+
+def test_a_vocabulary_of_full_size_is_read_in_a_moment(tmp_path):
+    """Promise: the 256,384 pieces, scores and types of UMT5-XXL take less than a second of computing."""
+    count = 256384
+    lists = ((b"tokens", 8, b"".join(text(b"piece %d" % i) for i in range(count))),
+             (b"scores", 6, struct.pack(f"<{count}f", *range(count))), (b"token_type", 5, struct.pack("<i", 1) * count))
+    path = tmp_path / "x.gguf"
+    path.write_bytes(header(*(text(name) + struct.pack("<IIQ", 9, kind, count) + content
+                              for name, kind, content in lists), values=len(lists)).ljust(12_000_000, b"\0"))
+    began = time.process_time()  # not the clock: a busy machine must not fail this
+    values = open_weights(path).header_values
+    assert time.process_time() - began < 1
+    assert [len(values[name]) for name in ("tokens", "scores", "token_type")] == [count] * 3
+    assert (values["tokens"][-1], values["scores"][-1]) == ("piece 256383", 256383.0)
 
 
 def test_truncation_at_every_point_is_noticed(write, tmp_path):

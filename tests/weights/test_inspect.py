@@ -3,7 +3,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.vocabulary import write_gguf_text_encoder
 from tests.weights.lora.lora_files import LINEAR, low_rank, random
+from wan_core.nano import TEXT_ENCODER
 from wan_core.presets import TEXT_ENCODERS, TRANSFORMERS, VAES
 from wan_core.weights import LoadError, describe, expected_shapes, format_report, open_model
 
@@ -48,9 +50,19 @@ def test_text_encoder_with_tokenizer(tmp_path):
     given = {name: torch.zeros(shape) for name, shape in shapes.items()}
     save_file(given | {"spiece_model": torch.zeros(10, dtype=torch.uint8)}, tmp_path / "x.safetensors")
     report = describe(tmp_path / "x.safetensors")
-    assert report.has_spiece_model and not report.unexpected
+    assert report.tokenizer == "spiece_model" and not report.unexpected
     assert report.parameters == sum(tensor.numel() for tensor in given.values())
-    assert "tokenizer" in format_report(report)
+    assert "tokenizer   inside (spiece_model)" in format_report(report)
+
+
+def test_text_encoder_with_vocabulary_in_the_header(tmp_path):
+    """The vocabulary in the header of a GGUF text encoder is seen; a file without it says nothing of a tokenizer."""
+    path = write_gguf_text_encoder(tmp_path / "x.gguf", TEXT_ENCODER)
+    report, count = describe(path), TEXT_ENCODERS["nano_umt5"].vocab_size
+    assert report.checked and report.complete and report.tokenizer == f"vocabulary of {count} pieces"
+    assert f"tokenizer   inside (vocabulary of {count} pieces)" in format_report(report)
+    report = describe(write_gguf_text_encoder(tmp_path / "y.gguf", TEXT_ENCODER, tokenizer=False))
+    assert report.complete and not report.tokenizer and "tokenizer" not in format_report(report)
 
 
 def test_models_that_cannot_run_yet(tmp_path, nano):

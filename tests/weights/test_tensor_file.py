@@ -238,6 +238,64 @@ def test_nested_state_dict(tmp_path):
     assert open_weights(tmp_path / "x.ckpt").names == ("a",)
 
 
+def tables(**values):
+    """Tables whose only tensor says where it comes from."""
+    return {name: {"a": torch.tensor([value])} for name, value in values.items()}
+
+
+@pytest.mark.parametrize(("content", "expected"), [
+    (tables(module=1.0), 1), (tables(model=1.0), 1), (tables(generator=1.0), 1), (tables(generator_ema=1.0), 1),
+    # CausVid: the generator and not its critic. Self-Forcing: the average, wherever it stands.
+    (tables(critic=2.0, generator=1.0), 1), (tables(generator=2.0, critic=3.0, generator_ema=1.0), 1),
+    (tables(model=2.0, ema=1.0), 1), (tables(module=2.0, state_dict=1.0), 1),
+    ({"module": {"state_dict": tables(model=1.0), "step": 3}, "epoch": 1}, 1),
+    (tables(generator=1.0) | {"generator_ema": None, "ema": {"decay": 0.99}, "step": torch.tensor(7)}, 1),
+    (tables(model=1.0) | {"rng_state": torch.zeros(16, dtype=torch.uint8), "loss": torch.tensor(0.5)}, 1),
+    # Beside weights, a table is something else; only 'state_dict' always means the model.
+    (tables(model=2.0) | {"a": torch.ones(1)}, 1), (tables(state_dict=1.0) | {"a": torch.zeros(1)}, 1),
+])
+def test_weights_in_training_checkpoints(tmp_path, content, expected):
+    """The table of weights is found under the names that trainers use, and averages come first."""
+    torch.save(content, tmp_path / "x.pt")
+    file = open_weights(tmp_path / "x.pt")
+    assert file.names == ("a",) and file["a"].item() == expected
+
+
+def test_the_choice_among_tables_is_said(tmp_path, caplog):
+    """Where there are several tables, one line names them and the one that is taken; with one there is no word."""
+    with caplog.at_level("INFO"):
+        torch.save(tables(generator=2.0), tmp_path / "x.pt")
+        open_weights(tmp_path / "x.pt")
+        assert not caplog.records
+        torch.save(tables(generator=2.0, generator_ema=1.0), tmp_path / "x.pt")
+        open_weights(tmp_path / "x.pt")
+    assert [record.getMessage() for record in caplog.records] == [
+        "x.pt holds the tables generator_ema, generator; generator_ema is used"]
+
+
+def test_training_checkpoints_nest_so_far_and_no_further(tmp_path):
+    """Three tables around the weights are opened; a fourth is refused by the name of the outermost."""
+    content = {"a": torch.ones(1)}
+    for _ in range(3):
+        content = {"model": content}
+    torch.save(content, tmp_path / "x.pt")
+    assert open_weights(tmp_path / "x.pt").names == ("a",)
+    torch.save({"module": content}, tmp_path / "x.pt")
+    with pytest.raises(LoadError, match="holds no table of tensors but: module"):
+        open_weights(tmp_path / "x.pt")
+
+
+def test_names_without_the_wrappers_of_training(tmp_path):
+    """What FSDP, checkpointing and torch.compile put into names is left out; two copies of a model are refused."""
+    torch.save({"generator_ema": {"model._fsdp_wrapped_module.blocks.0._checkpoint_wrapped_module.q": torch.ones(1),
+                                  "_orig_mod.model.head": torch.zeros(1)}}, tmp_path / "x.pt")
+    file = open_weights(tmp_path / "x.pt")
+    assert file.names == ("model.blocks.0.q", "model.head") and file["model.blocks.0.q"].item() == 1
+    torch.save({"a": torch.ones(1), "_orig_mod.a": torch.ones(1)}, tmp_path / "x.pt")
+    with pytest.raises(LoadError, match="holds 2 tensors, and only 1 have different names when .* two copies"):
+        open_weights(tmp_path / "x.pt")
+
+
 class Bomb:
     def __init__(self, target):
         self.target = target

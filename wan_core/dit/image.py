@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..presets import TransformerSpec
-from .attention import attention
 from .inputs import TextTokens
-from .layers import CrossAttention, LayerNorm, Linear, RMSNorm
+from .layers import CrossAttention, LayerNorm, Linear, RMSNorm, Source
 
 
 class ImageCrossAttention(CrossAttention):
@@ -23,14 +22,12 @@ class ImageCrossAttention(CrossAttention):
         self.v_img = Linear(dim, dim)
         self.norm_k_img = RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, text: TextTokens, image: Tensor | None, backend: str) -> Tensor:
-        """x [B, L, D], text [B, N, D], image [B, M, D] or None -> [B, L, D]."""
-        q = self._scaled(*self.norm_q.parts(self.q(x))).to(x.dtype)
-        attended = self._to_text(q, text, backend)
-        if image is not None:
-            k = self._scaled(*self.norm_k_img.parts(self.k_img(image))).to(x.dtype)
-            attended = attended + attention(q, k, self._heads(self.v_img(image)), backend=backend)
-        return self.o(attended)
+    def prepare(self, text: TextTokens, image: Tensor | None) -> tuple[Source, ...]:
+        """Text [B, N, D] and image tokens [B, M, D], or the text alone."""
+        sources = super().prepare(text, image)
+        if image is None:
+            return sources
+        return *sources, Source(self._keys(self.k_img(image), self.norm_k_img), self._heads(self.v_img(image)))
 
 
 class ImageEmbedding(nn.Module):

@@ -4,6 +4,8 @@ The residual stream, norms, modulation, time path and head are float32 islands; 
 the dtype of the weights (Wan2.1 `wan/modules/model.py`, the autocast regions).
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,6 +96,14 @@ def add_residual(x: Tensor, update: Tensor, gate: Tensor | None = None) -> Tenso
     return x.add_(update) if gate is None else x.addcmul_(update.to(x.dtype), gate)
 
 
+class Source(NamedTuple):
+    """Keys and values [B, N, heads, head_dim] that all video tokens attend to, and a bias [N] of the logits or None."""
+
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+
+
 class SelfAttention(nn.Module):
     """Attention of all video tokens to each other, with RMS-normalised, rotated queries and keys."""
 
@@ -107,11 +117,11 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, rope: Tensor, backend: str) -> Tensor:
-        """x [B, L, D] in the weights' dtype, rope [L, 1, head_dim / 2] -> [B, L, D]."""
+    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, L, heads, head_dim] of x [B, L, D] at positions rope [L, 1, head_dim / 2]."""
         q = self._rotated(*self.norm_q.parts(self.q(x)), rope).to(x.dtype)
         k = self._rotated(*self.norm_k.parts(self.k(x)), rope).to(x.dtype)
-        return self.o(attention(q, k, self._heads(self.v(x)), backend=backend))
+        return q, k, self._heads(self.v(x))
 
     def _rotated(self, x: Tensor, scale: Tensor, rope: Tensor) -> Tensor:
         return rotate(self._heads(x), rope * scale.unsqueeze(-1))
@@ -123,14 +133,17 @@ class SelfAttention(nn.Module):
 class CrossAttention(SelfAttention):
     """Attention of the video tokens to the text tokens; no rotation."""
 
-    def forward(self, x: Tensor, text: TextTokens, image: Tensor | None, backend: str) -> Tensor:
-        """x [B, L, D], text [B, N, D] -> [B, L, D]. `image` is None: this attention has no layers for it."""
-        q = self._scaled(*self.norm_q.parts(self.q(x))).to(x.dtype)
-        return self.o(self._to_text(q, text, backend))
+    def prepare(self, text: TextTokens, image: Tensor | None) -> tuple[Source, ...]:
+        """What the video tokens attend to; `image` is None: this attention has no layers for it."""
+        return (Source(self._keys(self.k(text.tokens), self.norm_k), self._heads(self.v(text.tokens)), text.bias),)
 
-    def _to_text(self, q: Tensor, text: TextTokens, backend: str) -> Tensor:
-        k = self._scaled(*self.norm_k.parts(self.k(text.tokens))).to(q.dtype)
-        return attention(q, k, self._heads(self.v(text.tokens)), bias=text.bias, backend=backend)
+    def forward(self, x: Tensor, sources: tuple[Source, ...], backend: str) -> Tensor:
+        """x [B, L, D] -> [B, L, D]: attention to each of the sources, added up."""
+        q = self._keys(self.q(x), self.norm_q).to(x.dtype)
+        first, *others = (attention(q, source.k, source.v, bias=source.bias, backend=backend) for source in sources)
+        return self.o(sum(others, first))
 
-    def _scaled(self, x: Tensor, scale: Tensor) -> Tensor:
-        return self._heads(x * scale if torch.is_grad_enabled() else x.mul_(scale))
+    def _keys(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """Normed queries or keys by heads, in the type of x [B, N, D]."""
+        numbers, scale = norm.parts(x)
+        return self._heads(numbers * scale if torch.is_grad_enabled() else numbers.mul_(scale)).to(x.dtype)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..presets import TransformerSpec
-from .attention import check_backend
+from .attention import attention, check_backend
 from .image import ImageCrossAttention, ImageEmbedding
 from .inputs import ModelInputs, TextTokens
 from .layers import (
@@ -38,15 +38,36 @@ MAX_POSITION = 1024
 MODEL_TYPES = ("t2v", "i2v", "flf2v", "ti2v")
 
 
+OnChunk = Callable[[Tensor, TimeRows, int], Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """What all blocks of a call are given: time [B, 6, D] for each run of tokens, rope, text and image tokens."""
+    """What all blocks of a call are given: time [B, 6, D] for each run of tokens, rope, text and image tokens.
+
+    `chunk` is how many tokens are worked on at a time where they do not need each other, None for all: less memory for
+    the same result, but for the rounding of matrix products of another size. It counts only without gradients.
+    """
 
     time: TimeRows
     rope: Tensor
     text: TextTokens
     image: Tensor | None
     backend: str
+    chunk: int | None = None
+
+    def each_chunk(self, function: OnChunk, x: Tensor, time: TimeRows) -> list[Tensor]:
+        """function(tokens, their runs, where they begin) of x [B, L, D], chunk by chunk."""
+        length, size = x.shape[1], self.chunk
+        if size is None or size >= length or torch.is_grad_enabled():
+            return [function(x, time, 0)]
+        return [function(x[:, start:start + size], time.part(start, min(start + size, length)), start)
+                for start in range(0, length, size)]
+
+    def in_chunks(self, function: OnChunk, x: Tensor, time: TimeRows) -> Tensor:
+        """`each_chunk` of a function that, without gradients, changes its tokens in place."""
+        results = self.each_chunk(function, x, time)
+        return results[0] if len(results) == 1 else x
 
 
 class SideBranch(Protocol):
@@ -71,15 +92,40 @@ class Block(nn.Module):
         self.modulation = _random_rows(6, spec.dim)
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
-        """x [B, L, D] float32 -> [B, L, D] float32."""
-        dtype = self.ffn[0].dtype
+        """x [B, L, D] float32 -> [B, L, D] float32, the same tensor unless gradients are recorded."""
         time = shared.time.map(lambda row: self.modulation.float() + row)
-        h = self._modulated(x, time, 0, dtype)
-        x = _add_gated(x, self.self_attn(h, shared.rope, shared.backend), time, 2)
-        h = self.norm3(x).to(dtype)
-        x = add_residual(x, self.cross_attn(h, shared.text, shared.image, shared.backend))
-        h = self._modulated(x, time, 3, dtype)
-        return _add_gated(x, self.ffn[2](self.ffn[0](h, gelu=True)), time, 5)
+        attended = self._attend(x, time, shared)
+        sources = self.cross_attn.prepare(shared.text, shared.image)
+
+        def finish(part: Tensor, own: TimeRows, start: int) -> Tensor:
+            """What comes behind self-attention sees each token alone."""
+            dtype = self.ffn[0].dtype
+            part = _add_gated(part, self.self_attn.o(attended[:, start:start + part.shape[1]]), own, 2)
+            h = self.norm3(part).to(dtype)
+            part = add_residual(part, self.cross_attn(h, sources, shared.backend))
+            h = self._modulated(part, own, 3, dtype)
+            return _add_gated(part, self.ffn[2](self.ffn[0](h, gelu=True)), own, 5)
+
+        return shared.in_chunks(finish, x, time)
+
+    def _attend(self, x: Tensor, time: TimeRows, shared: Shared) -> Tensor:
+        """Self-attention of x, before its output projection: [B, L, D]."""
+        made: list[Tensor] = []
+
+        def project(part: Tensor, own: TimeRows, start: int) -> None:
+            stop = start + part.shape[1]
+            h = self._modulated(part, own, 0, self.ffn[0].dtype)
+            projected = self.self_attn.project(h, shared.rope[start:stop])
+            if part.shape[1] == x.shape[1]:
+                made.extend(projected)
+                return
+            if not made:
+                made.extend(one.new_empty(one.shape[0], x.shape[1], *one.shape[2:]) for one in projected)
+            for whole, one in zip(made, projected):
+                whole[:, start:stop] = one
+
+        shared.each_chunk(project, x, time)
+        return attention(*made, backend=shared.backend)
 
     def _modulated(self, x: Tensor, time: TimeRows, index: int, dtype: torch.dtype) -> Tensor:
         """The normed tokens, shifted and scaled by rows `index` and `index` + 1 of the modulation."""
@@ -132,12 +178,13 @@ class WanTransformer(nn.Module):
         if spec.image_dim:
             self.img_emb = ImageEmbedding(spec)
 
-    def forward(self, inputs: ModelInputs, *, backend: str = "sdpa",
+    def forward(self, inputs: ModelInputs, *, backend: str = "sdpa", chunk: int | None = None,
                 on_block: Callable[[int], None] | None = None) -> Tensor:
         """Velocity [B, out_dim, T, H, W] (float32) of a noisy video.
 
-        `on_block(i)` is called before block i and may raise to stop. Raises ValueError for sizes off the patch grid,
-        inputs that this model does not have, batches that differ, or an unknown backend.
+        `chunk` bounds the tokens that are worked on at a time (see `Shared`). `on_block(i)` is called before block i
+        and may raise to stop. Raises ValueError for sizes off the patch grid, inputs that this model does not have,
+        batches that differ, or an unknown backend.
         """
         check_backend(backend)
         grid = self._grid(inputs.latents)
@@ -147,18 +194,19 @@ class WanTransformer(nn.Module):
         time = time.map(lambda row: self.time_embedding(sinusoidal_embedding(row, self.spec.freq_dim)))
         shared = Shared(time.map(lambda row: self.time_projection(row).unflatten(1, (6, -1))),
                         rope_table(grid, self.spec.dim // self.spec.num_heads, x.device), inputs.text, inputs.image,
-                        backend)
-        branches = self._side_branches(inputs, x, shared)
+                        backend, chunk)
+        branches = self._side_branches(inputs, shared)
         for index, block in enumerate(self.blocks):
             if on_block:
                 on_block(index)
             x = block(x, shared)
             for branch in branches:
                 x = branch.after_block(index, x)
-        return self._assemble_patches(self.head(x, time), grid)
+        tokens = shared.each_chunk(lambda part, own, start: self.head(part, own), x, time)
+        return self._assemble_patches(torch.cat(tokens, 1) if len(tokens) > 1 else tokens[0], grid)
 
-    def _side_branches(self, inputs: ModelInputs, x: Tensor, shared: Shared) -> list[SideBranch]:
-        """What runs beside the blocks, made from `inputs` and the embedded patches x [B, L, D] (not to be kept)."""
+    def _side_branches(self, inputs: ModelInputs, shared: Shared) -> list[SideBranch]:
+        """What runs beside the blocks, made from `inputs`."""
         return []
 
     def prepare_text(self, context: Tensor) -> TextTokens:

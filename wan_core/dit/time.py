@@ -25,6 +25,16 @@ class TimeRows:
         results = {key: function(row) for key, row in done.items()}
         return TimeRows(tuple(results[id(row)] for row in self.rows), self.lengths)
 
+    def part(self, start: int, stop: int) -> "TimeRows":
+        """The runs of tokens `start` to `stop`."""
+        rows, lengths, end = [], [], 0
+        for row, length in zip(self.rows, self.lengths):
+            begin, end = end, end + length
+            if begin < stop and end > start:
+                rows.append(row)
+                lengths.append(min(end, stop) - max(begin, start))
+        return TimeRows(tuple(rows), tuple(lengths))
+
     def per_run(self, function: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
         """function(tokens of a run, its row) for x [B, L, D], joined again; a single run costs no copy."""
         if len(self.rows) == 1:

@@ -5,12 +5,15 @@ projection gives a hint that is added, times a strength, to the tokens of the bl
 computed when their block comes, so one is held at a time instead of all (Wan2.1 `wan/modules/vace_model.py`).
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from ..presets import TransformerSpec
 from .inputs import ModelInputs
 from .layers import Linear, add_residual
 from .model import Block, Shared, WanTransformer
+from .time import TimeRows
 
 
 class VaceBlock(Block):
@@ -20,6 +23,22 @@ class VaceBlock(Block):
         super().__init__(spec)
         self.before_proj = Linear(spec.dim, spec.dim) if first else None
         self.after_proj = Linear(spec.dim, spec.dim)
+
+    def forward(self, tokens: Tensor, shared: Shared, x: Tensor, strength: float,
+                video: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """The branch's tokens [B, L, D] behind this block, and x [B, L, D] with the hint, times `strength`, added.
+
+        `video` gives the embedded video [B, L, D], which the first block adds to its tokens, the embedded control.
+        """
+        if self.before_proj is not None:
+            tokens = (self.before_proj(tokens) + video()).float()
+        tokens = super().forward(tokens, shared)
+
+        def add(part: Tensor, own: TimeRows, start: int) -> Tensor:
+            hint = self.after_proj(tokens[:, start:start + part.shape[1]])
+            return add_residual(part, hint.float() * strength)
+
+        return tokens, shared.in_chunks(add, x, shared.time)
 
 
 class VaceTransformer(WanTransformer):
@@ -39,30 +58,30 @@ class VaceTransformer(WanTransformer):
                 raise ValueError(f"a VACE control has shape {list(control.latents.shape)}; expected [batch, "
                                  f"{', '.join(map(str, expected))}], as many frames and pixels as the latents.")
 
-    def _side_branches(self, inputs: ModelInputs, x: Tensor, shared: Shared) -> list["Hints"]:
-        branches = []
-        for control in inputs.controls:
-            if control.strength:
-                embedded = self._embed_patches(control.latents, self.vace_patch_embedding)
-                start = self.vace_blocks[0].before_proj(embedded) + x
-                branches.append(Hints(self, start.float(), control.strength, shared))
-        return branches
+    def _side_branches(self, inputs: ModelInputs, shared: Shared) -> list["Hints"]:
+        def video() -> Tensor:
+            return self._embed_patches(inputs.latents, self.patch_embedding)
+
+        return [Hints(self, self._embed_patches(control.latents, self.vace_patch_embedding), control.strength, shared,
+                      video) for control in inputs.controls if control.strength]
 
 
 class Hints:
     """The VACE blocks of one call and one control, run as far as the transformer has come."""
 
-    def __init__(self, model: VaceTransformer, tokens: Tensor, strength: float, shared: Shared) -> None:
-        """`tokens` [B, L, D]: the control with the video tokens added, overwritten by the blocks."""
+    def __init__(self, model: VaceTransformer, tokens: Tensor, strength: float, shared: Shared,
+                 video: Callable[[], Tensor]) -> None:
+        """`tokens` [B, L, D]: the embedded control; `video` embeds the video anew, which is cheaper than to keep it."""
         self._blocks = dict(zip(model.spec.vace_layers, model.vace_blocks))
         self._tokens = tokens
         self._strength = strength
         self._shared = shared
+        self._video = video
 
     def after_block(self, index: int, x: Tensor) -> Tensor:
         """x with the hint for block `index`, if it gets one."""
         block = self._blocks.get(index)
         if block is None:
             return x
-        self._tokens = block(self._tokens, self._shared)
-        return add_residual(x, block.after_proj(self._tokens).float() * self._strength)
+        self._tokens, x = block(self._tokens, self._shared, x, self._strength, self._video)
+        return x

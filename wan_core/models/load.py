@@ -1,12 +1,13 @@
 """Opens model files as handles, checks that they are what they are wanted as, and chooses presets."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 from .. import nano
 from ..memory import OneAtATime, Placement
 from ..presets import PRESETS, Preset, with_vace
-from ..text import Tokenizer
+from ..text import GGUF_PIECES, Tokenizer
 from ..vae import Tiling
 from ..weights import LoadError, build_module, check_tensors, open_vace_module
 from .encoders import TextEncoder, VideoVAE, VisionEncoder
@@ -15,9 +16,14 @@ from .transformer import Model
 
 NANO = "nano"
 
+# Where the SentencePiece file may be, seen from the text encoder's folder: beside it, in the layout of diffusers (from
+# `text_encoder` and from the folder around it), and in that of the official repositories.
+_SPIECE_FILES = ("spiece.model", "../tokenizer/spiece.model", "tokenizer/spiece.model",
+                 "google/umt5-xxl/spiece.model")
+
 
 def load_model(path: str | Path = NANO, *, preset: str | None = None, placement: Placement | None = None,
-               dtype: str = "auto", attention: str = "sdpa") -> Model:
+               dtype: str = "auto", attention: str = "sdpa", fp8_products: str = "auto") -> Model:
     """A single transformer from a file, or a bundled one: "nano" (text to video), "nano-i2v" or "nano-ti2v".
 
     `preset` picks among the presets that share the file's architecture (T2V-14B or one expert of A14B, say).
@@ -25,11 +31,12 @@ def load_model(path: str | Path = NANO, *, preset: str | None = None, placement:
     """
     part = Part.open(nano.NAMES.get(str(path), path), "transformer")
     chosen = _choose_preset(part, preset, experts=False)
-    return Model(part, part, chosen, placement or OneAtATime(), dtype, attention)
+    return Model(part, part, chosen, placement or OneAtATime(), dtype, attention, fp8_products=fp8_products)
 
 
 def load_experts(high: str | Path = NANO, low: str | Path = NANO, *, preset: str | None = None,
-                 placement: Placement | None = None, dtype: str = "auto", attention: str = "sdpa") -> Model:
+                 placement: Placement | None = None, dtype: str = "auto", attention: str = "sdpa",
+                 fp8_products: str = "auto") -> Model:
     """A pair of experts from two files, or the bundled pair for "nano". Raises LoadError if they do not match."""
     first = Part.open(nano.T2V_HIGH if high == NANO else high, "transformer")
     second = Part.open(nano.T2V_LOW if low == NANO else low, "transformer")
@@ -37,7 +44,7 @@ def load_experts(high: str | Path = NANO, low: str | Path = NANO, *, preset: str
         raise LoadError(f"the experts are of different architectures: {first.label} fits {first.fits}, {second.label} "
                         f"fits {second.fits}. Choose the high- and the low-noise file of one model.")
     chosen = _choose_preset(first, preset, experts=True)
-    return Model(first, second, chosen, placement or OneAtATime(), dtype, attention)
+    return Model(first, second, chosen, placement or OneAtATime(), dtype, attention, fp8_products=fp8_products)
 
 
 def add_vace(model: Model, path: str | Path, low: str | Path | None = None) -> Model:
@@ -75,21 +82,31 @@ def load_text_encoder(path: str | Path = NANO, *, tokenizer: str | Path | None =
                       placement: Placement | None = None) -> TextEncoder:
     """A UMT5 encoder, or the bundled one for "nano".
 
-    The tokenizer is the file's own `spiece_model` tensor, else a `spiece.model` beside it, unless a SentencePiece file
-    is given. Raises LoadError if there is none of them.
+    The tokenizer is the SentencePiece file `tokenizer`, if one is given; else the file's own, a tensor `spiece_model`
+    or the vocabulary in a GGUF header; else a `spiece.model` in the encoder's folder, in a folder `tokenizer` beside
+    or inside that (as diffusers has it), or in `google/umt5-xxl` inside it (as the official repositories do).
+    Raises LoadError if there is none of them, ValueError if the one that is found cannot be used.
     """
     part = Part.open(nano.TEXT_ENCODER if path == NANO else path, "text_encoder")
-    beside = part.file.path.with_name("spiece.model")
-    if tokenizer is not None:
-        pieces = Tokenizer.from_file(tokenizer)
-    elif "spiece_model" in part.file:
-        pieces = Tokenizer.from_tensor(part.file["spiece_model"])
-    elif beside.is_file():
-        pieces = Tokenizer.from_file(beside)
-    else:
-        raise LoadError(f"{part.label} holds no tokenizer. Give the SentencePiece file of google/umt5-xxl "
-                        "(spiece.model), or use ComfyUI's repackaged umt5_xxl file, which has it inside.")
-    return TextEncoder(part, pieces, placement or OneAtATime())
+    return TextEncoder(part, _tokenizer(part, tokenizer), placement or OneAtATime())
+
+
+def _tokenizer(part: Part, given: str | Path | None) -> Tokenizer:
+    if given is not None:
+        return Tokenizer.from_file(given)
+    if "spiece_model" in part.file:
+        return Tokenizer.from_tensor(part.file["spiece_model"])
+    if GGUF_PIECES in part.file.header_values:
+        return Tokenizer.from_gguf(part.file.header_values, part.label)
+    folder = part.file.path.parent
+    # By the names in the path, not by where a link leads: a linked folder still has its neighbours.
+    places = [Path(os.path.abspath(folder / place)) for place in _SPIECE_FILES]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise LoadError(f"{part.label} holds no tokenizer, and there is no {', '.join(_SPIECE_FILES[:-1])} or "
+                        f"{_SPIECE_FILES[-1]} in its folder. Give google/umt5-xxl's SentencePiece file (spiece.model) "
+                        "or put it beside the encoder; or use ComfyUI's repackaged umt5_xxl file, which has it inside.")
+    return Tokenizer.from_file(found)
 
 
 def load_clip_vision(path: str | Path = NANO, *, placement: Placement | None = None,

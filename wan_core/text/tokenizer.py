@@ -1,19 +1,22 @@
 """SentencePiece tokenizer with T5's conventions: pad 0, end-of-sequence 1, no start token.
 
-The model is read from a ``spiece.model`` file or from the ``spiece_model`` byte tensor that repackaged text-encoder
-checkpoints carry, so no tokenizer folder is needed. Ids agree with Hugging Face's T5 tokenizer for the same model,
-but for two things that SentencePiece itself (and so ComfyUI) decides: a character outside the vocabulary becomes its
-UTF-8 bytes where the model has pieces for them, not one unknown token; and a prompt that spells a special token
-("</s>", "<extra_id_0>") is ordinary text. Reference: Kudo & Richardson 2018, https://arxiv.org/abs/1808.06226.
+The model is read from a ``spiece.model`` file, from the ``spiece_model`` byte tensor that repackaged text-encoder
+checkpoints carry, or from the header of a GGUF file, so no tokenizer folder is needed. Ids agree with Hugging Face's T5
+tokenizer for the same model, but for two things that SentencePiece itself (and so ComfyUI) decides: a character outside
+the vocabulary becomes its UTF-8 bytes where the model has pieces for them, not one unknown token; and a prompt that
+spells a special token ("</s>", "<extra_id_0>") is ordinary text. Reference: Kudo & Richardson 2018,
+https://arxiv.org/abs/1808.06226.
 """
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import sentencepiece
 import torch
 from torch import Tensor
+
+from .gguf_vocabulary import sentencepiece_model
 
 PAD_ID = 0
 EOS_ID = 1
@@ -22,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tokenizer:
-    """Text to ids. Made with from_file, from_bytes or from_tensor."""
+    """Text to ids. Made with from_file, from_bytes, from_tensor or from_gguf."""
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor):
         """Wrap a loaded processor; ValueError if its pad and end-of-sequence ids are not T5's (0 and 1)."""
@@ -63,6 +66,11 @@ class Tokenizer:
             raise ValueError(f"spiece_model is {spiece_model.dtype} of shape {tuple(spiece_model.shape)}; expected a "
                              "one-dimensional uint8 tensor holding a SentencePiece model")
         return cls.from_bytes(spiece_model.cpu().numpy().tobytes(), source="tensor spiece_model")
+
+    @classmethod
+    def from_gguf(cls, values: Mapping[str, object], source: str = "GGUF header") -> "Tokenizer":
+        """Read the vocabulary among a GGUF header's values; see `sentencepiece_model`. ValueError if it is unsound."""
+        return cls.from_bytes(sentencepiece_model(values, source), source=f"the vocabulary of {source}")
 
     @property
     def vocab_size(self) -> int:

@@ -1,5 +1,5 @@
 """Train and measure the nano family: `python -m wan_core.training vae | vae22 | t2v | experts | i2v | ti2v | vace |
-evaluate`.
+evaluate | formats`.
 
 Each part reads what those before it wrote into `wan_core/nano`, so the whole family is trained in this order. A run
 that was stopped goes on where it was.
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m wan_core.training", description=__doc__)
-    parser.add_argument("part", choices=("vae", "vae22", "t2v", "experts", "i2v", "ti2v", "vace", "evaluate"))
+    parser.add_argument("part", choices=("vae", "vae22", "t2v", "experts", "i2v", "ti2v", "vace", "evaluate", "formats"))
     parser.add_argument("--run", type=Path, default=Path("out/nano"), help="folder for states and logs")
     parser.add_argument("--steps", type=int, help="training steps (default: those of the shipped models)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
@@ -45,7 +45,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
     {"vae": _vae, "vae22": _vae, "t2v": _t2v, "experts": _experts, "i2v": _i2v, "ti2v": _ti2v,
-     "vace": _vace, "evaluate": _evaluate}[options.part](options)
+     "vace": _vace, "evaluate": _evaluate, "formats": _formats}[options.part](options)
 
 
 def _vae(options: argparse.Namespace) -> None:
@@ -135,11 +135,18 @@ def _evaluate(options: argparse.Namespace) -> None:
     figures["i2v_first_frame"] = asdict(
         evaluate_pictures(load_model("nano-i2v"), vae, text_encoder, load_clip_vision()))
     figures["vace_inpainting"] = asdict(evaluate_inpainting(add_vace(single, "nano"), vae, text_encoder))
-    figures["t2v_formats"] = {form: asdict(scores)
-                              for form, scores in evaluate_formats(single, vae, text_encoder).items()}
     text = json.dumps(figures, indent=2)
     (nano.VAE.parent / "figures.json").write_text(text + "\n")
     log.info("%s", text)
+
+
+def _formats(options: argparse.Namespace) -> None:
+    """Write formats.json: the text-to-video model in every weight format, on 512 held-out prompts."""
+    figures = {}
+    for name, scores in evaluate_formats(load_model(), load_vae(), load_text_encoder()):
+        figures[name] = asdict(scores)
+        log.info("%s: %s", name, figures[name])
+        (nano.VAE.parent / "formats.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], title: str) -> None:

@@ -53,19 +53,24 @@ class FormatEvaluation(Evaluation):
     psnr_db: float | None
 
 
+# Beside the formats: the same weights multiplied in FP8 instead of being turned into numbers first.
+FP8_PRODUCTS = ("fp8_scaled", "fp8_scaled_rows")
+
+
 def evaluate_formats(model: Model, vae: VideoVAE, text_encoder: TextEncoder, *,
-                     prompts: int = 64) -> dict[str, FormatEvaluation]:
-    """Scores of a text-to-video model as it is stored and in each format that it can be brought into."""
-    scenes, reference, results = held_out_scenes(prompts), None, {}
-    for form in ("stored", *TARGETS):
-        chosen = model if form == "stored" else model.quantised(form)
+                     prompts: int = 512) -> Iterator[tuple[str, FormatEvaluation]]:
+    """Scores of a text-to-video model as it is stored, in each format that it can be brought into, and multiplied in
+    FP8, one after the other."""
+    choices = {"stored": model, **{form: model.quantised(form) for form in TARGETS},
+               **{f"{form}, FP8 products": replace(model.quantised(form), fp8_products="on") for form in FP8_PRODUCTS}}
+    scenes, reference = held_out_scenes(prompts), None
+    for name, chosen in choices.items():
         clips = torch.stack(list(_clips(chosen, vae, text_encoder, scenes, _guidance(model))))
         reference = clips if reference is None else reference
-        results[form] = FormatEvaluation(
+        yield name, FormatEvaluation(
             _guidance(model), prompts, *_percentages([_seen(clip) for clip in clips], scenes),
             round(chosen.low.size(torch.bfloat16) / 1e6, 3),
-            None if form == "stored" else round(_psnr(clips, reference), 2))
-    return results
+            None if chosen is model else round(_psnr(clips, reference), 2))
 
 
 @dataclass(frozen=True)

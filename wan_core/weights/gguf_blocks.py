@@ -1,4 +1,4 @@
-"""The block formats of GGUF: raw bytes to numbers, and numbers to Q8_0 and Q4_0.
+"""The block formats of GGUF: raw bytes to numbers; `gguf_encode` is the way back.
 
 A format cuts each row into blocks of 32 or 256 numbers and stores each block as integer codes with one or two levels of
 scales. Every format here comes out as scale * code + offset, computed in float32 in this order, which makes the result
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # What the codes of the IQ4 formats stand for.
-_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 # Codes [N, groups, size] as whole numbers, scale [N, groups or 1, 1] and offset of the same shape, or None, in float32.
 Unpacked = tuple[Tensor, Tensor, Tensor | None]
@@ -131,7 +131,7 @@ def _q6_k(block: dict[str, Tensor]) -> Unpacked:
 
 
 def _iq4(codes: Tensor) -> Tensor:
-    values = torch.tensor(_IQ4_VALUES, dtype=torch.int8, device=codes.device)
+    values = torch.tensor(IQ4_VALUES, dtype=torch.int8, device=codes.device)
     return values[codes.int()]
 
 
@@ -161,39 +161,3 @@ FORMATS: Mapping[str, BlockFormat] = MappingProxyType({item.name: item for item 
     BlockFormat("IQ4_NL", 32, {"scale": 2, "codes": 16}, _iq4_nl),
     BlockFormat("IQ4_XS", 256, {"scale": 2, "scales_high": 2, "scales_low": 4, "codes": 128}, _iq4_xs),
 )})
-
-
-def quantise(values: Tensor, name: str) -> Tensor:
-    """Numbers [..., n] as raw bytes of Q8_0 or Q4_0, bit-equal to the gguf package.
-
-    Raises ValueError for another format, or rows that are no whole number of blocks.
-    """
-    writers = {"Q8_0": _to_q8_0, "Q4_0": _to_q4_0}
-    if name not in writers:
-        raise ValueError(f"weights cannot be written as {name}; choose {' or '.join(writers)}.")
-    size = FORMATS[name].size
-    if values.shape[-1] % size:
-        raise ValueError(f"rows of {values.shape[-1]} numbers are no whole number of {name} blocks of {size}.")
-    raw = writers[name](values.float().reshape(-1, size))
-    return raw.reshape(*values.shape[:-1], -1)
-
-
-def _scaled(blocks: Tensor, scale: Tensor) -> Tensor:
-    """blocks / scale by way of the reciprocal, as ggml does; 0 where the scale is 0."""
-    return blocks * torch.where(scale == 0, 0.0, 1 / scale)
-
-
-def _to_q8_0(blocks: Tensor) -> Tensor:
-    scale = blocks.abs().amax(1, keepdim=True) / 127
-    scaled = _scaled(blocks, scale)
-    # Halves are rounded away from zero.
-    codes = (scaled.abs() + 0.5).floor() * scaled.sign()
-    return torch.cat([scale.half().view(torch.uint8), codes.to(torch.int8).view(torch.uint8)], 1)
-
-
-def _to_q4_0(blocks: Tensor) -> Tensor:
-    # The number of the largest size becomes -8, so that the whole range of codes is used on its side.
-    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
-    scale = largest / -8
-    codes = (_scaled(blocks, scale) + 8.5).trunc().clamp(0, 15).to(torch.uint8)
-    return torch.cat([scale.half().view(torch.uint8), codes[:, :16] | codes[:, 16:] << 4], 1)

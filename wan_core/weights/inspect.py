@@ -11,7 +11,7 @@ from .errors import LoadError, first_few, human_size
 from .layers import LAYER_KINDS, layer_kind
 from .load import EXTRAS, compare_shapes, recognise_file, unsupported_types
 from .lora import LoraReport, describe_lora, format_lora
-from .tensor_file import open_weights
+from .tensor_file import TensorFile, open_weights
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class FileReport:
     `missing`, `unexpected` and `misshapen` are tensor names against the recognised architecture; they are empty and
     `checked` is False where it is unknown or not built yet, and then `remark` says so. `dtypes` counts tensors, most
     frequent first, and `layers` does so for each kind of layer of a model, by its official name; `parameters` counts
-    numbers in all of them but the extras. `lora` is what a LoRA file holds, where it can be read as one.
+    numbers in all of them but the extras. `tokenizer` says as what the file holds one, '' if it does not. `lora` is
+    what a LoRA file holds, where it can be read as one.
     """
 
     name: str
@@ -33,7 +34,7 @@ class FileReport:
     parameters: int
     dtypes: tuple[tuple[str, int], ...]
     metadata_keys: tuple[str, ...]
-    has_spiece_model: bool
+    tokenizer: str
     checked: bool
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -79,7 +80,7 @@ def describe(path: str | Path) -> FileReport:
         name=file.path.name, format=file.format, nbytes=file.nbytes, prefix=prefix, recognition=recognition,
         tensors=len(file), parameters=sum(math.prod(shape) for shape in shapes.values()),
         dtypes=tuple(counts.most_common()), metadata_keys=tuple(sorted(file.metadata)),
-        has_spiece_model="spiece_model" in file, checked=checked, missing=tuple(differences[0]),
+        tokenizer=_tokenizer(file), checked=checked, missing=tuple(differences[0]),
         unexpected=tuple(differences[1]), misshapen=tuple(differences[2]), remark=remark,
         layers=tuple((kind, tuple(layers[kind].most_common())) for kind in LAYER_KINDS if kind in layers), lora=lora)
 
@@ -97,8 +98,8 @@ def format_report(report: FileReport, memory: Mapping[str, int] | None = None) -
     ]
     if report.recognition.names:
         lines.insert(2, f"  presets     {', '.join(report.recognition.names)}")
-    if report.has_spiece_model:
-        lines.append("  tokenizer   inside (spiece_model)")
+    if report.tokenizer:
+        lines.append(f"  tokenizer   inside ({report.tokenizer})")
     if report.metadata_keys:
         lines.append(f"  metadata    {', '.join(report.metadata_keys)}")
     for what in ("missing", "unexpected", "misshapen"):
@@ -116,6 +117,13 @@ def format_report(report: FileReport, memory: Mapping[str, int] | None = None) -
         lines += ["  memory of the weights on a GPU"]
         lines += [f"    {choice:<15} {human_size(size)}" for choice, size in memory.items()]
     return "\n".join(lines)
+
+
+def _tokenizer(file: TensorFile) -> str:
+    if "spiece_model" in file:
+        return "spiece_model"
+    pieces = file.header_values.get("tokenizer.ggml.tokens")
+    return f"vocabulary of {len(pieces):,} pieces" if isinstance(pieces, list) else ""
 
 
 def _counted(counts: tuple[tuple[str, int], ...]) -> str:

@@ -17,6 +17,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .fused import fused_blocks, fused_scaled
 from .gguf_blocks import BlockFormat
 
 
@@ -92,6 +93,9 @@ class Scaled:
         codes = self._codes(parts)
         if "scale" not in parts:
             return codes.to(dtype)
+        numbers = None if self.rotation else fused_scaled(codes, parts["scale"], dtype)
+        if numbers is not None:
+            return numbers
         scale, rows = parts["scale"].float(), codes.shape[0] if codes.ndim else 1
         if scale.numel() == 1:
             numbers = codes.float() * scale.reshape(())
@@ -202,7 +206,8 @@ class Blocks:
         return self.format.name
 
     def dequantise(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        return self.format.dequantise(parts["raw"], dtype)
+        numbers = fused_blocks(self.format, parts["raw"], dtype)
+        return self.format.dequantise(parts["raw"], dtype) if numbers is None else numbers
 
     def rows(self, parts: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
         return {"raw": parts["raw"][index]}

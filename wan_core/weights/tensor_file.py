@@ -5,7 +5,7 @@ never copied, and opening a 28 GB file takes milliseconds. The mapping is privat
 tensor can neither change the file nor crash. The safetensors library maps in the same way but lets the kernel reserve
 memory for the whole file, which fails where the file is larger than the memory; here nothing is reserved.
 
-PyTorch's own files (.pth, .pt, .bin) are opened with `weights_only=True`: they can hold tensors and no code.
+GGUF and PyTorch's own files (.pth, .pt, .bin) are read by `gguf_file` and `torch_file`.
 """
 import math
 import mmap
@@ -19,12 +19,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .errors import LoadError, first_few, human_size
+from .errors import LoadError, human_size
 from .gguf_file import GGUFContents
-from .gguf_header import MAGIC
+from .gguf_header import MAGIC, Value
 from .quantised import Quantised, Scheme, dense
 from .safetensors_header import Entry, HeaderError, UnreadableType, looks_like_header, parse_header
 from .shards import INDEX_ENDING, check_contents, find_weights, read_index
+from .torch_file import read_torch
 
 _AGAIN = "Download it again."
 
@@ -107,9 +108,10 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
     """An open checkpoint: a read-only mapping from tensor name to tensor (CPU, the file's own type).
 
     `path`, `format` ('safetensors', 'gguf' or 'torch'), `metadata` (table of strings) and `nbytes` (size of the file
-    or files) describe it. Taking a tensor reads nothing; its bytes are read when they are used. Tensors stay valid
-    after `close`. Weights of a quantised format come as `Quantised`; `quantised` gives the names of their formats, and
-    `dtypes` the type that they are meant to be computed in.
+    or files) describe it; `header_values` is the whole table of values of a GGUF file, lists too, and empty for others.
+    Taking a tensor reads nothing; its bytes are read when they are used. Tensors stay valid after `close`. Weights of a
+    quantised format come as `Quantised`; `quantised` gives the names of their formats, and `dtypes` the type that they
+    are meant to be computed in.
     """
 
     def __init__(self, path: Path, format: str, metadata: dict[str, str], dtypes: dict[str, torch.dtype],
@@ -117,6 +119,7 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
                  kept: "Mapping[str, Kept] | None" = None):
         self.path, self.format, self.metadata = path, format, metadata
         self.nbytes = path.stat().st_size
+        self.header_values: Mapping[str, Value] = MappingProxyType({})
         self._dtypes, self._shapes, self._read = dtypes, shapes, read
         self._kept = dict(kept or {})
         self.quantised = {name: what.format for name, what in self._kept.items()}
@@ -187,7 +190,7 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
             return read(old) if isinstance(old, str) else old.read(read)
 
         renamed = TensorFile(self.path, self.format, self.metadata, dtypes, shapes, read_new, kept)
-        renamed.nbytes = self.nbytes
+        renamed.nbytes, renamed.header_values = self.nbytes, self.header_values
         return renamed
 
     def extended(self, other: "TensorFile") -> "TensorFile":
@@ -196,7 +199,7 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
                           {**self._shapes, **other._shapes},
                           lambda name: other[name] if name in other else self[name],
                           {**self._kept, **other._kept})
-        both.nbytes = self.nbytes + other.nbytes
+        both.nbytes, both.header_values = self.nbytes + other.nbytes, self.header_values
         return both
 
     def close(self) -> None:
@@ -288,8 +291,10 @@ def _open_gguf(path: Path) -> TensorFile:
         contents = GGUFContents(mapping)
     except HeaderError as error:
         raise _load_error(path, error) from error
-    return TensorFile(path, "gguf", contents.metadata, contents.dtypes, contents.shapes, contents.read,
+    file = TensorFile(path, "gguf", contents.metadata, contents.dtypes, contents.shapes, contents.read,
                       {name: Kept(*what) for name, what in contents.kept.items()})
+    file.header_values = MappingProxyType(contents.header.values)
+    return file
 
 
 def _load_error(path: Path, error: HeaderError) -> LoadError:
@@ -321,25 +326,6 @@ def _view(mapping: mmap.mmap, base: int, entry: Entry) -> Tensor:
 
 
 def _open_torch(path: Path, is_zip: bool) -> TensorFile:
-    # Old files cannot be mapped, and torch.load trusts a name that ends in .safetensors; both are read as a stream.
-    mapped = is_zip and path.suffix != ".safetensors"
-    try:
-        with path.open("rb") as stream:
-            content = torch.load(path if mapped else stream, map_location="cpu", weights_only=True, mmap=mapped)
-    # The unpickler runs over untrusted bytes and fails in as many ways as there are bytes.
-    except Exception as error:
-        if "weights_only" in str(error) or "Weights only" in str(error):
-            raise LoadError(f"{path.name} holds Python objects other than tensors; it is refused, because such objects "
-                            "can run code. Use a safetensors file of the model.") from error
-        raise LoadError(f"{path.name} is damaged, truncated or no PyTorch file ({type(error).__name__}). "
-                        f"{_AGAIN}") from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    entries = dict(content) if isinstance(content, Mapping) else {}
-    tensors = {name: value.detach() for name, value in entries.items()
-               if isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided}
-    if not tensors:
-        found = first_few([str(name) for name in entries]) or type(content).__name__
-        raise LoadError(f"{path.name} holds no table of tensors but: {found}. Choose a file of model weights.")
+    tensors = read_torch(path, is_zip)
     return TensorFile(path, "torch", {}, {name: tensor.dtype for name, tensor in tensors.items()},
                       {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)

@@ -1,7 +1,8 @@
 """Writes converted weights into a new file, one tensor at a time: memory never holds the model.
 
-FP8 goes into safetensors under the names of the `scaled_fp8` format, which ComfyUI's own loader reads; block formats
-into GGUF by the gguf package. The file is complete or not there: it is written beside its destination and renamed.
+FP8 goes into safetensors under the names of the `scaled_fp8` format, which every version of ComfyUI reads; int8, MXFP8
+and NVFP4 under those of `comfy_quant`, which newer ones do; block formats into GGUF by the gguf package. The file is
+complete or not there: it is written beside its destination and renamed.
 """
 
 import json
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .convert import TARGETS, Target, converted
+from .encode import Layout
 from .quantised import Quantised
 from .safetensors_header import DTYPES
 from .save import replacing
@@ -33,7 +35,7 @@ def write_quantised(file: TensorFile, form: str, path: Path, on_tensor: OnTensor
     `on_tensor(done, of)` is called after each tensor. Raises ValueError for what `converted` refuses, for weights that
     are quantised already, and a path with another ending than the format's; OSError if it cannot be written.
     """
-    whole = converted(file, form)
+    whole = converted(file, form, in_file=True)
     target = TARGETS[form]
     if path.suffix != f".{target.container}":
         raise ValueError(f"{form} is written to a .{target.container} file; {path.name} ends differently.")
@@ -48,39 +50,63 @@ def write_quantised(file: TensorFile, form: str, path: Path, on_tensor: OnTensor
     return path.stat().st_size
 
 
-def _pieces(name: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Under which names the parts of an FP8 weight stand in a file."""
-    named = {name: parts["codes"]}
-    if "scale" in parts:
-        named[f"{name.removesuffix('weight')}scale_weight"] = parts["scale"]
-    return named
+def _names(name: str, target: Target) -> dict[str, str]:
+    """Under which names the parts of a weight stand in a safetensors file."""
+    layer = name.removesuffix("weight")
+    if target.stated:
+        return {"codes": name, "scale": f"{layer}weight_scale", "tensor_scale": f"{layer}weight_scale_2"}
+    return {"codes": name, "scale": f"{layer}scale_weight"}
+
+
+def _statements(name: str, target: Target) -> dict[str, Tensor]:
+    """What a safetensors file says of a weight's format, as bytes of JSON."""
+    if not target.stated:
+        return {}
+    text = json.dumps({"format": target.stated}).encode()
+    # Whatever follows begins at a multiple of 8.
+    text += b" " * (-len(text) % 8)
+    return {f"{name.removesuffix('weight')}comfy_quant": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
 
 def _write_safetensors(file: TensorFile, target: Target, path: Path, on_tensor: OnTensor) -> None:
     """Layout: see `safetensors_header`. Types and sizes follow from shapes alone, so the header comes first."""
-    header: dict[str, object] = {"__metadata__": {**file.metadata, "format": "pt"}}
-    # Two numbers say that the weights are to be multiplied out, as long as no scales of the inputs are known.
-    marker = {"scaled_fp8": torch.zeros(2, dtype=target.scheme.dtype)} if target.scaled else {}
-    position = 0
+    entries: Layout = {}
     for name, shape in file.shapes().items():
-        dtype = torch.float32 if name in file.quantised else file.dtypes()[name]
-        empty = torch.empty(shape, dtype=dtype, device="meta")
-        pieces = _pieces(name, target.parts(empty)) if name in file.quantised else {name: empty}
-        for piece, tensor in {**pieces, **marker}.items():
-            if piece not in header:
-                header[piece] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape),
-                                 "data_offsets": [position, position := position + tensor.nbytes]}
+        if name in file.quantised:
+            names = _names(name, target)
+            entries |= {names[part]: what for part, what in target.layout(shape).items()}
+            entries |= {text: (piece.dtype, piece.shape) for text, piece in _statements(name, target).items()}
+        else:
+            entries[name] = (file.dtypes()[name], shape)
+    # Two numbers say that the weights are to be multiplied out, as long as no scales of the inputs are known.
+    legacy = not target.stated and any(name.endswith(".scale_weight") for name in entries)
+    marker = {"scaled_fp8": torch.zeros(2, dtype=target.scheme.dtype)} if legacy else {}
+    entries |= {name: (piece.dtype, piece.shape) for name, piece in marker.items()}
+    with path.open("wb") as stream:
+        stream.write(_header(entries, file.metadata))
+        for index, name in enumerate(file):
+            tensor = file[name]
+            # Parts in the order of the layout, which is that of the header.
+            pieces = [tensor] if isinstance(tensor, Tensor) else [
+                *(tensor.parts[part] for part in target.layout(tensor.shape)), *_statements(name, target).values()]
+            for piece in pieces:
+                stream.write(_bytes(piece).data)
+            on_tensor(index + 1, len(file))
+        for piece in marker.values():
+            stream.write(_bytes(piece).data)
+
+
+def _header(entries: Layout, metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {**metadata, "format": "pt"}}
+    position = 0
+    for name, (dtype, shape) in entries.items():
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
     text = json.dumps(header).encode()
     # Readers want the data to begin at a multiple of 8.
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for index, name in enumerate(file):
-            tensor = file[name]
-            pieces = _pieces(name, tensor.parts) if isinstance(tensor, Quantised) else {name: tensor}
-            for piece in (*pieces.values(), *(marker.values() if not index else ())):
-                stream.write(_bytes(piece).data)
-            on_tensor(index + 1, len(file))
+    return len(text).to_bytes(8, "little") + text
 
 
 def _write_gguf(file: TensorFile, target: Target, path: Path, on_tensor: OnTensor) -> None:
