@@ -183,3 +183,11 @@ def test_scales_that_are_no_numbers_are_refused(value, file, tmp_path):
     save_file(load_file(path) | {"blocks.2.ffn.0.scale_weight": torch.tensor(value)}, tmp_path / "bad.safetensors")
     with pytest.raises(LoadError, match=f"bad.safetensors: {MATRIX} cannot be used: its scale holds NaN or infinite"):
         load_model(tmp_path / "bad.safetensors").get("low")
+
+
+def test_quantised_where_it_is_wanted(file):
+    """Promise: a tensor that is read to a device is quantised there: the file's numbers go over as they are."""
+    whole = converted(file, "fp8_scaled")
+    assert whole.read(MATRIX, "meta").parts["codes"].device.type == "meta"
+    assert whole.read("head.head.weight", "meta").device.type == "meta"
+    assert whole[MATRIX].parts["codes"].device.type == "cpu"

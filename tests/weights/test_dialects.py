@@ -40,7 +40,7 @@ def hollow(path, shapes, dtype=torch.bfloat16) -> TensorFile:
     """An open file of these shapes that has no numbers."""
     path.touch()
     return TensorFile(path, "safetensors", {}, dict.fromkeys(shapes, dtype), shapes,
-                      lambda name: torch.empty(shapes[name], dtype=dtype, device="meta"))
+                      lambda name, device: torch.empty(shapes[name], dtype=dtype, device="meta"))
 
 
 def saved(path, tensors, prefix=""):

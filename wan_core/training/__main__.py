@@ -37,15 +37,16 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m wan_core.training", description=__doc__)
-    parser.add_argument("part", choices=("vae", "vae22", "t2v", "experts", "i2v", "ti2v", "vace", "evaluate", "formats"))
+    parts = {"vae": _vae, "vae22": _vae, "t2v": _t2v, "experts": _experts, "i2v": _i2v, "ti2v": _ti2v,
+             "vace": _vace, "evaluate": _evaluate, "formats": _formats}
+    parser.add_argument("part", choices=list(parts))
     parser.add_argument("--run", type=Path, default=Path("out/nano"), help="folder for states and logs")
     parser.add_argument("--steps", type=int, help="training steps (default: those of the shipped models)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
-    {"vae": _vae, "vae22": _vae, "t2v": _t2v, "experts": _experts, "i2v": _i2v, "ti2v": _ti2v,
-     "vace": _vace, "evaluate": _evaluate, "formats": _formats}[options.part](options)
+    parts[options.part](options)
 
 
 def _vae(options: argparse.Namespace) -> None:

@@ -96,7 +96,8 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor | Quantised], *,
     check_tensors(module, tensors, ignore)
     types = _dtypes(tensors)
     for name, target in module.state_dict(keep_vars=True).items():
-        tensor, stored = tensors[name], types[name]
+        tensor = tensors.read(name, device) if isinstance(tensors, TensorFile) else tensors[name]
+        stored = types[name]
         dtype = dtype_for(name, stored) if dtype_for else stored
         if isinstance(tensor, Quantised):
             try:

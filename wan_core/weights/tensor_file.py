@@ -27,6 +27,8 @@ from .safetensors_header import Entry, HeaderError, UnreadableType, looks_like_h
 from .shards import INDEX_ENDING, check_contents, find_weights, read_index
 from .torch_file import read_torch
 
+Device = torch.device | str
+
 _AGAIN = "Download it again."
 
 # What people do open by mistake: first bytes -> (what it is, what to do). Compared in lower case.
@@ -115,7 +117,7 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
     """
 
     def __init__(self, path: Path, format: str, metadata: dict[str, str], dtypes: dict[str, torch.dtype],
-                 shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor | Quantised],
+                 shapes: dict[str, tuple[int, ...]], read: Callable[[str, Device], Tensor | Quantised],
                  kept: "Mapping[str, Kept] | None" = None):
         self.path, self.format, self.metadata = path, format, metadata
         self.nbytes = path.stat().st_size
@@ -125,11 +127,15 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
         self.quantised = {name: what.format for name, what in self._kept.items()}
 
     def __getitem__(self, name: str) -> Tensor | Quantised:
+        return self.read(name)
+
+    def read(self, name: str, device: Device = "cpu") -> Tensor | Quantised:
+        """The tensor on `device`; where it is made of others or quantised on load, that is done there."""
         if self._read is None:
             raise ValueError(f"{self.path.name} is closed")
         if name not in self._shapes:
             raise KeyError(name)
-        return self._read(name)
+        return self._read(name, device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -185,9 +191,9 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
                                 f"{_AGAIN}") from error
             dtypes[new], shapes[new] = whole.dtype, tuple(whole.shape)
 
-        def read_new(name: str) -> Tensor | Quantised:
+        def read_new(name: str, device: Device) -> Tensor | Quantised:
             old = mapping[name]
-            return read(old) if isinstance(old, str) else old.read(read)
+            return read(old, device) if isinstance(old, str) else old.read(lambda source: read(source, device))
 
         renamed = TensorFile(self.path, self.format, self.metadata, dtypes, shapes, read_new, kept)
         renamed.nbytes, renamed.header_values = self.nbytes, self.header_values
@@ -197,7 +203,7 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
         """The tensors of this file and of `other`, whose tensors count where both have one; named as this file."""
         both = TensorFile(self.path, self.format, self.metadata, {**self._dtypes, **other._dtypes},
                           {**self._shapes, **other._shapes},
-                          lambda name: other[name] if name in other else self[name],
+                          lambda name, device: (other if name in other else self).read(name, device),
                           {**self._kept, **other._kept})
         both.nbytes, both.header_values = self.nbytes + other.nbytes, self.header_values
         return both
@@ -262,7 +268,8 @@ def _open_sharded(path: Path) -> TensorFile:
         metadata.update(part.metadata)
         dtypes.update(part.dtypes())
         shapes.update(part.shapes())
-    whole = TensorFile(path, "safetensors", metadata, dtypes, shapes, lambda name: shards[index[name]][name])
+    whole = TensorFile(path, "safetensors", metadata, dtypes, shapes,
+                       lambda name, device: shards[index[name]].read(name, device))
     whole.nbytes = sum(part.nbytes for part in shards.values())
     return whole
 
@@ -281,7 +288,7 @@ def _open_safetensors(path: Path, size: int) -> TensorFile:
     return TensorFile(
         path, "safetensors", metadata, {name: entry.dtype for name, entry in entries.items()},
         {name: entry.shape for name, entry in entries.items()},
-        lambda name: _view(mapping, 8 + length, entries[name]))
+        lambda name, device: _view(mapping, 8 + length, entries[name]).to(device))
 
 
 def _open_gguf(path: Path) -> TensorFile:
@@ -291,7 +298,8 @@ def _open_gguf(path: Path) -> TensorFile:
         contents = GGUFContents(mapping)
     except HeaderError as error:
         raise _load_error(path, error) from error
-    file = TensorFile(path, "gguf", contents.metadata, contents.dtypes, contents.shapes, contents.read,
+    file = TensorFile(path, "gguf", contents.metadata, contents.dtypes, contents.shapes,
+                      lambda name, device: contents.read(name).to(device),
                       {name: Kept(*what) for name, what in contents.kept.items()})
     file.header_values = MappingProxyType(contents.header.values)
     return file
@@ -328,4 +336,5 @@ def _view(mapping: mmap.mmap, base: int, entry: Entry) -> Tensor:
 def _open_torch(path: Path, is_zip: bool) -> TensorFile:
     tensors = read_torch(path, is_zip)
     return TensorFile(path, "torch", {}, {name: tensor.dtype for name, tensor in tensors.items()},
-                      {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
+                      {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+                      lambda name, device: tensors[name].to(device))

@@ -48,6 +48,9 @@ def read_torch(path: Path, is_zip: bool) -> dict[str, Tensor]:
     if not tensors:
         found = first_few([str(name) for name in entries]) or type(content).__name__
         raise LoadError(f"{path.name} holds no table of tensors but: {found}. Choose a file of model weights.")
+    hollow = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if hollow:
+        raise LoadError(f"{path.name} holds shapes and no numbers: {first_few(hollow)}. Choose another file.")
     plain = {_plain(name): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
         raise LoadError(f"{path.name} holds {len(tensors)} tensors, and only {len(plain)} have different names when "

@@ -176,8 +176,6 @@ class Layer:
             raise self._error(role, f"its shape {list(shape)} is empty: an adapter of rank 0 or a layer of width 0")
         if math.prod(shape) > LARGEST:
             raise self._error(role, f"its shape {list(shape)} is larger than any of Wan")
-        if self._tensors[role].is_meta:
-            raise self._error(role, "it has a shape and no numbers")
 
     def _check_declared(self, shape: tuple[int, ...]) -> None:
         """A declared shape is that of the weight which the adapter was trained on; it says nothing new."""
