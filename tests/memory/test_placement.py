@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from wan_core.memory import OneAtATime, default_device, working_dtype
+from wan_core.memory import RESIDENT, OneAtATime, default_device, working_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -17,7 +17,7 @@ class Part:
     def __init__(self, living, alive_at_build):
         self.living, self.alive_at_build = living, alive_at_build
 
-    def build(self, device, dtype):
+    def build(self, device, dtype, layout=RESIDENT):
         self.alive_at_build.append(len(self.living))
         module = nn.Linear(2, 2, device=device, dtype=dtype)
         self.living.add(module)

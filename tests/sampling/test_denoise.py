@@ -26,7 +26,7 @@ class Checkpoint:
     weights: dict[str, torch.Tensor]
     living: weakref.WeakSet
 
-    def build(self, device, dtype):
+    def build(self, device, dtype, layout=None):
         assert not self.living, "another transformer is still on the device"
         model = WanTransformer(self.spec).to(device, dtype).requires_grad_(False)
         model.load_state_dict(self.weights)
@@ -44,6 +44,11 @@ class Experts:
 
     def name_at(self, timestep):
         return "high" if timestep >= self.boundary * 1000 else "low"
+
+    chunk = None
+
+    def expect(self, name):
+        """Nothing can be brought ahead."""
 
     def state(self, name, sigma):
         return name

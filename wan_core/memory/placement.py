@@ -1,13 +1,19 @@
 """Placement: who keeps which model on which device. The models themselves do not know.
 
 The master of every weight is its checkpoint file, mapped into memory and never written. A device copy is made from it
-when a part is needed and simply dropped when something else needs the room; nothing is ever copied back.
+when a part is needed and simply dropped when something else needs the room; nothing is ever copied back. Of a large
+model some or all blocks come and go while it runs (see `swap`).
 """
 
 from typing import Protocol
 
 import torch
 from torch import nn
+
+from .layout import RESIDENT, Layout
+from .leaves import leaves
+from .pinning import Pinning
+from .swap import BlockSwap, Pool
 
 # Names that working_dtype accepts, beside "auto".
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -16,8 +22,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Buildable(Protocol):
     """A checkpoint that can be built into a module."""
 
-    def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """A new module on `device` that computes in `dtype`."""
+    def build(self, device: torch.device, dtype: torch.dtype, layout: Layout = RESIDENT) -> nn.Module:
+        """A new module that computes in `dtype`, on `device` but for the swapped blocks of `layout`."""
 
 
 class Placement(Protocol):
@@ -25,31 +31,108 @@ class Placement(Protocol):
 
     device: torch.device
 
-    def place(self, part: Buildable, dtype: torch.dtype) -> nn.Module:
+    def place(self, part: Buildable, dtype: torch.dtype, layout: Layout = RESIDENT) -> nn.Module:
         """The module of `part`, ready to run; valid until the next call."""
+
+    def expect(self, part: Buildable, dtype: torch.dtype, layout: Layout = RESIDENT) -> None:
+        """`part` will be asked for next; what there is room for can be brought to the device ahead."""
+
+    def changed(self) -> None:
+        """Tensors of the placed module were added, taken away or replaced."""
 
     def clear(self) -> None:
         """Let go of everything on the device."""
 
 
 class OneAtATime:
-    """Keeps the last part that was asked for; asking for another drops it first, so the two never share the device."""
+    """Keeps the last part that was asked for; asking for another drops it first, so the two never share the device.
+
+    Two parts with swapped blocks take turns in the same slots: the first blocks of the one that is expected arrive
+    while the other still computes.
+    """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
         """`device` is the accelerator, if there is one, unless given. Raises ValueError for one that is not there."""
         self.device = _checked(device) if device is not None else default_device()
-        self._held: tuple[Buildable, torch.dtype, nn.Module] | None = None
+        self._held: Held | None = None
+        self._expected: Held | None = None
+        self._pool: Pool | None = None
 
-    def place(self, part: Buildable, dtype: torch.dtype) -> nn.Module:
-        if self._held and self._held[0] is part and self._held[1] == dtype:
-            return self._held[2]
-        self.clear()
-        module = part.build(self.device, dtype)
-        self._held = (part, dtype, module)
-        return module
+    def place(self, part: Buildable, dtype: torch.dtype, layout: Layout = RESIDENT) -> nn.Module:
+        if self._held and self._held.holds(part, dtype, layout):
+            return self._held.module
+        self._drop_held()
+        expected, self._expected = self._expected, None
+        if expected and expected.holds(part, dtype, layout):
+            self._held = expected
+            expected.settle()
+            return expected.module
+        if expected:
+            expected.close()
+        if self._pool and (not layout.swapped or self._pool.count != layout.slots):
+            self._pool.clear()
+            self._pool = None
+        if layout.swapped and not self._pool:
+            self._pool = Pool(self.device, layout.slots)
+        self._held = Held(part, dtype, layout, self.device, self._pool)
+        return self._held.module
+
+    def expect(self, part: Buildable, dtype: torch.dtype, layout: Layout = RESIDENT) -> None:
+        fits = layout.swapped and self._pool is not None and self._pool.count == layout.slots
+        if not fits or self._held is None or self._held.holds(part, dtype, layout):
+            return
+        if self._expected is None or not self._expected.holds(part, dtype, layout):
+            self._expected = Held(part, dtype, layout, self.device, self._pool, ahead=True)
+            self._expected.swap.begin()
+
+    def changed(self) -> None:
+        if self._held and self._held.swap:
+            self._held.swap.refit()
 
     def clear(self) -> None:
+        self._drop_held()
+        if self._expected:
+            self._expected.close()
+        if self._pool:
+            self._pool.clear()
+        self._expected = self._pool = None
+
+    def _drop_held(self) -> None:
+        if self._held:
+            self._held.close()
         self._held = None
+
+
+class Held:
+    """A part's module with its swapped blocks, if it has any, going through the slots of `pool`.
+
+    Made `ahead`, only the slots are used: everything else stays on the host until it is settled.
+    """
+
+    def __init__(self, part: Buildable, dtype: torch.dtype, layout: Layout, device: torch.device, pool: Pool | None,
+                 ahead: bool = False) -> None:
+        self._key, self._device = (part, dtype, layout), device
+        self.module = part.build(torch.device("cpu") if ahead else device, dtype, layout)
+        self.swap: BlockSwap | None = None
+        self._swapped = layout.names(self.module)
+        if self._swapped:
+            blocks = [self.module.get_submodule(name) for name in self._swapped]
+            self.swap = BlockSwap(blocks, pool, Pinning(device, layout.pinned))
+
+    def holds(self, part: Buildable, dtype: torch.dtype, layout: Layout) -> bool:
+        return self._key[0] is part and self._key[1:] == (dtype, layout)
+
+    def settle(self) -> None:
+        """Bring what is not swapped to the device."""
+        swapped = {leaf for name in self._swapped for leaf in leaves(self.module.get_submodule(name))}
+        for leaf in leaves(self.module):
+            if leaf not in swapped:
+                leaf.put(leaf.get().to(self._device))
+
+    def close(self) -> None:
+        """Let go of the slots."""
+        if self.swap:
+            self.swap.close()
 
 
 def _checked(device: torch.device | str) -> torch.device:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..memory import RESIDENT, Layout, below
 from ..presets import CLIPVisionSpec, TextEncoderSpec, TransformerSpec, VAESpec
 from ..weights import TensorFile, build_module, converted, human_size, load_module, open_model
 
@@ -70,10 +71,15 @@ class Part:
         """A copy whose matrices are quantised when they are read; see `wan_core.weights.converted`."""
         return replace(self, file=converted(self.file, form))
 
-    def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The module on `device`, computing in `dtype`, its weights read from the file."""
-        return load_module(build_module(self.spec), self.file, device=device,
+    def build(self, device: torch.device, dtype: torch.dtype, layout: Layout = RESIDENT) -> nn.Module:
+        """The module on `device`, its swapped blocks on the host, computing in `dtype`; its weights are the file's."""
+        module = self.hollow()
+        return load_module(module, self.file, device=device, on_host=below(layout.names(module)),
                            dtype_for=lambda name, stored: self._kept_in(name, stored, dtype)).eval()
+
+    def hollow(self) -> nn.Module:
+        """The module on the meta device: shapes and names, no numbers."""
+        return build_module(self.spec)
 
     def size(self, dtype: torch.dtype) -> int:
         """Bytes of the weights of the module that `build` makes."""

@@ -3,10 +3,11 @@
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..dit import WanTransformer, check_backend
-from ..memory import Placement, working_dtype
+from ..memory import Layout, Placement, Plan, working_dtype
 from ..presets import VAES, Preset, TransformerSpec, VAESpec
 from ..vae import LatentStats
 from ..weights import LoadError, human_size
@@ -21,8 +22,8 @@ class Model:
     """A transformer, or a high- and a low-noise expert, with its preset and how to run it.
 
     `fp8_products` is "auto", "on" or "off": whether FP8 weights are multiplied in FP8, "auto" where the device is
-    faster at it. `folded` are LoRAs that are in the weights already. Raises ValueError for an unknown precision or
-    attention backend, and for FP8 products on a device that has none.
+    faster at it. `folded` are LoRAs that are in the weights already. `plan` says where the weights live. Raises
+    ValueError for an unknown precision or attention backend, and for FP8 products on a device that has none.
     """
 
     high: Part
@@ -34,11 +35,17 @@ class Model:
     loras: tuple[Lora, ...] = ()
     fp8_products: str = "auto"
     folded: tuple[Lora, ...] = ()
+    plan: Plan = Plan()
 
     def __post_init__(self) -> None:
         check_backend(self.attention)
         working_dtype(self.dtype, self.low.stored_dtype, self.placement.device)
         choose_fp8_products(self.fp8_products, self.placement.device)
+
+    @property
+    def chunk(self) -> int | None:
+        """How many tokens are worked on at a time, None for all."""
+        return self.plan.chunk
 
     @property
     def boundary(self) -> float | None:
@@ -123,11 +130,19 @@ class Model:
 
     def get(self, name: str, sigma: float = 0.0) -> WanTransformer:
         """The expert, ready to run on the placement's device at a noise level; until the next call of any copy."""
-        part = self.high if name == "high" else self.low
-        module = self.placement.place(part, working_dtype(self.dtype, part.stored_dtype, self.placement.device))
+        module = self.placement.place(*self._wanted(name))
         use_fp8_products(module, choose_fp8_products(self.fp8_products, self.placement.device))
-        adapt(module, self.loras, name, sigma)
+        if adapt(module, self.loras, name, sigma):
+            self.placement.changed()
         return module
+
+    def expect(self, name: str) -> None:
+        """The expert `name` will be asked for next: while the other one computes, what there is room for is brought."""
+        self.placement.expect(*self._wanted(name))
+
+    def _wanted(self, name: str) -> tuple[Part, torch.dtype, Layout]:
+        part = self.high if name == "high" else self.low
+        return part, working_dtype(self.dtype, part.stored_dtype, self.placement.device), self.plan.layout
 
     def state(self, name: str, sigma: float) -> Hashable:
         """Equal for noise levels at which `get` gives the same weights."""

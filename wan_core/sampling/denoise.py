@@ -22,13 +22,19 @@ OnBlock = Callable[[int], None]
 
 
 class Experts(Protocol):
-    """The transformers of a run. `name_at` is 'high' or 'low'; `get` makes that one ready on the run's device."""
+    """The transformers of a run. `name_at` is 'high' or 'low'; `get` makes that one ready on the run's device, and
+    `expect` says that it will be asked for next. `chunk` bounds the tokens that are worked on at a time."""
+
+    @property
+    def chunk(self) -> int | None: ...
 
     def name_at(self, timestep: float) -> str: ...
 
     def get(self, name: str, sigma: float) -> WanTransformer: ...
 
     def state(self, name: str, sigma: float) -> Hashable: ...
+
+    def expect(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +94,7 @@ def denoise(experts: Experts, latents: Tensor, schedule: Schedule, conditions: C
             total = 0.0
             for condition, share in active(branch, sigma):
                 inputs = prepared.inputs(model, condition, sample, timestep, sigma)
-                velocity = model(inputs, backend=backend, on_block=on_block)
+                velocity = model(inputs, backend=backend, chunk=experts.chunk, on_block=on_block)
                 total = velocity if share == 1 else total + velocity * share
             return total
 
@@ -96,6 +102,8 @@ def denoise(experts: Experts, latents: Tensor, schedule: Schedule, conditions: C
         velocity = velocity_for(conditions.positive)
         if needs_uncond(scale):
             velocity = classifier_free_guidance(velocity, velocity_for(conditions.negative), scale)
+        if names[index + 1:index + 2] not in ([], [name]):
+            experts.expect(names[index + 1])
         if known:
             velocity = known.steer(velocity, sample, sigma)
         clean = sample - sigma * velocity

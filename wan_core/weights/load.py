@@ -82,9 +82,12 @@ def recognise_file(file: TensorFile) -> tuple[TensorFile, Recognition]:
 
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor | Quantised], *,
                 dtype_for: Callable[[str, torch.dtype], torch.dtype] | None = None,
-                device: torch.device | str = "cpu", ignore: Iterable[str] = EXTRAS) -> nn.Module:
+                device: torch.device | str = "cpu", on_host: Callable[[str], bool] = lambda name: False,
+                ignore: Iterable[str] = EXTRAS) -> nn.Module:
     """Fills `module` (built on the meta device) with `tensors`, named as the module's state dict; returns the module.
 
+    Tensors go to `device`, but for those of which `on_host(name)` says that they stay on the host: as they are in the
+    mapped file, or made on the device and brought back.
     `dtype_for(name, stored_dtype)` says in which type a tensor is kept; without it, in the stored one. A tensor that
     already has that type on that device is not copied. Quantised weights of linear layers and embeddings stay as they
     are stored, and the layer computes in that type; others are made dense. Names that begin with one of `ignore` are
@@ -96,19 +99,20 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor | Quantised], *,
     check_tensors(module, tensors, ignore)
     types = _dtypes(tensors)
     for name, target in module.state_dict(keep_vars=True).items():
-        tensor = tensors.read(name, device) if isinstance(tensors, TensorFile) else tensors[name]
-        stored = types[name]
+        stored, place = types[name], "cpu" if on_host(name) else device
+        made = isinstance(tensors, TensorFile) and name in tensors.made
+        tensor = tensors.read(name, device if made else place) if isinstance(tensors, TensorFile) else tensors[name]
         dtype = dtype_for(name, stored) if dtype_for else stored
         if isinstance(tensor, Quantised):
             try:
                 tensor.check()
             except ValueError as error:
                 raise LoadError(f"{_label(tensors)}: {name} cannot be used: {error}. Download it again.") from error
-            tensor = tensor.to(device)
+            tensor = tensor.to(place)
             if _replace(module, name, tensor, dtype):
                 continue
             tensor = tensor.dequantise(dtype)
-        _assign(module, name, tensor.to(device=device, dtype=dtype), isinstance(target, nn.Parameter))
+        _assign(module, name, tensor.to(device=place, dtype=dtype), isinstance(target, nn.Parameter))
     return module
 
 

@@ -47,6 +47,11 @@ class Joined:
     names: tuple[str, ...]
     layout: Callable[[Tensor], Tensor] | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a tensor of the file as it is there."""
+        return len(self.names) == 1 and self.layout is None
+
     def read(self, read: Callable[[str], Tensor | Quantised]) -> Tensor:
         """The tensor, from a function that gives each of `names`. A single one that is not quantised is not copied."""
         parts = [dense(read(name)) for name in self.names]
@@ -113,7 +118,7 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
     or files) describe it; `header_values` is the whole table of values of a GGUF file, lists too, and empty for others.
     Taking a tensor reads nothing; its bytes are read when they are used. Tensors stay valid after `close`. Weights of a
     quantised format come as `Quantised`; `quantised` gives the names of their formats, and `dtypes` the type that they
-    are meant to be computed in.
+    are meant to be computed in. `made` are the names of those that are computed from others whenever they are read.
     """
 
     def __init__(self, path: Path, format: str, metadata: dict[str, str], dtypes: dict[str, torch.dtype],
@@ -122,6 +127,7 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
         self.path, self.format, self.metadata = path, format, metadata
         self.nbytes = path.stat().st_size
         self.header_values: Mapping[str, Value] = MappingProxyType({})
+        self.made: frozenset[str] = frozenset()
         self._dtypes, self._shapes, self._read = dtypes, shapes, read
         self._kept = dict(kept or {})
         self.quantised = {name: what.format for name, what in self._kept.items()}
@@ -197,6 +203,9 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
 
         renamed = TensorFile(self.path, self.format, self.metadata, dtypes, shapes, read_new, kept)
         renamed.nbytes, renamed.header_values = self.nbytes, self.header_values
+        renamed.made = frozenset(new for new, old in mapping.items() if (
+            old in self.made if isinstance(old, str) else
+            not isinstance(old, Parts) and not (isinstance(old, Joined) and old.is_plain)))
         return renamed
 
     def extended(self, other: "TensorFile") -> "TensorFile":
@@ -206,6 +215,7 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
                           lambda name, device: (other if name in other else self).read(name, device),
                           {**self._kept, **other._kept})
         both.nbytes, both.header_values = self.nbytes + other.nbytes, self.header_values
+        both.made = self.made - set(other) | other.made
         return both
 
     def close(self) -> None:

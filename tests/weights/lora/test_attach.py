@@ -115,9 +115,9 @@ def test_a_new_strength_copies_no_factor(part):
     attachment = Attachment(model, [families()["lora"]])
     attachment.set([0.5])
     layer = model.get_submodule(LINEAR)
-    factors = [adapter.down.data_ptr() for _, adapter in layer._slots]
+    factors = [held.adapter.down.data_ptr() for held in layer._adapters]
     attachment.set([0.9])
-    assert model.get_submodule(LINEAR) is layer and [a.down.data_ptr() for _, a in layer._slots] == factors
+    assert model.get_submodule(LINEAR) is layer and [held.adapter.down.data_ptr() for held in layer._adapters] == factors
 
 
 def test_half_precision(part):

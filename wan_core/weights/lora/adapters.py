@@ -12,6 +12,7 @@ matrices [out, in * kernel] throughout: an adapter's `shape` is that, and `apply
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,13 +38,19 @@ class Adapter(ABC):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Adapter":
         """The same adapter with its tensors on another device or in another floating-point type."""
-        def moved(value: object) -> object:
-            if isinstance(value, Tensor | Adapter):
-                return value.to(device=device, dtype=dtype)
-            return tuple(moved(item) for item in value) if isinstance(value, tuple) else value
+        return self.map(lambda tensor: tensor.to(device=device, dtype=dtype))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Adapter":
+        """The same adapter with `change` of its tensors, which are visited in a fixed order."""
+        def changed(value: object) -> object:
+            if isinstance(value, Tensor):
+                return change(value)
+            if isinstance(value, Adapter):
+                return value.map(change)
+            return tuple(changed(item) for item in value) if isinstance(value, tuple) else value
 
         return dataclasses.replace(
-            self, **{field.name: moved(getattr(self, field.name)) for field in dataclasses.fields(self)})
+            self, **{field.name: changed(getattr(self, field.name)) for field in dataclasses.fields(self)})
 
 
 class Additive(Adapter):

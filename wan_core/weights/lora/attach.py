@@ -45,14 +45,18 @@ class Attachment:
         for path, owner, slots in layers:
             self._wrap(module, path, owner, slots)
 
-    def set(self, strengths: Sequence[float]) -> None:
-        """Give each slot its strength; nothing is copied but the small tensors whose strength has changed."""
+    def set(self, strengths: Sequence[float]) -> bool:
+        """Give each slot its strength; nothing is copied but the small tensors whose strength has changed.
+
+        Returns whether there are such tensors: others have taken their place.
+        """
         if list(strengths) == self.strengths:
-            return
+            return False
         # The layers hold this list.
         self.strengths[:] = strengths
         for tensor in self._tensors:
             tensor.set(self.strengths)
+        return bool(self._tensors)
 
     def detach(self) -> None:
         """Leave the module as it was."""
@@ -76,9 +80,12 @@ class AdaptedLinear(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._strengths = strengths
         device = layer.bias.device
-        self._slots = [(slot, adapter.to(device)) for slot, adapter in slots]
+        self._slots = [slot for slot, _ in slots]
+        self._adapters = nn.ModuleList(_Tensors(adapter.to(device)) for _, adapter in slots)
         # DoRA's lengths are those of the changed weight, and need the whole of it once.
-        self._gains = {slot: adapter.gain(self._dense()) for slot, adapter in self._slots if isinstance(adapter, DoRA)}
+        for tensors in self._adapters:
+            if isinstance(tensors.adapter, DoRA):
+                tensors.register_buffer("gain", tensors.adapter.gain(self._dense()))
 
     @property
     def bias(self) -> Tensor | None:
@@ -94,23 +101,25 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         """x [..., in] -> [..., out]; with `gelu` the layer's own activation comes after the adapters."""
-        active = [(self._strengths[slot], slot, adapter) for slot, adapter in self._slots if self._strengths[slot]]
+        active = [(self._strengths[slot], tensors) for slot, tensors in zip(self._slots, self._adapters)
+                  if self._strengths[slot]]
         if not active:
             return self.layer(x, gelu=True) if gelu else self.layer(x)
         y = self.layer(x)
         x = x.to(y.dtype)
         total = y
-        for strength, slot, adapter in active:
-            total = total + strength * self._change(adapter, slot, x, y)
+        for strength, tensors in active:
+            total = total + strength * self._change(tensors, x, y)
         return F.gelu(total, approximate="tanh") if gelu else total
 
-    def _change(self, adapter: Adapter, slot: int, x: Tensor, y: Tensor) -> Tensor:
+    def _change(self, tensors: "_Tensors", x: Tensor, y: Tensor) -> Tensor:
+        adapter = tensors.adapter
         if isinstance(adapter, Additive):
             return adapter.apply(x)
         plain = y if self.bias is None else y - self.bias.to(y.dtype)
         if not isinstance(adapter, DoRA):
             return F.linear(x, adapter.value.to(x)) - plain
-        gain = self._gains[slot].to(x)
+        gain = tensors.gain.to(x)
         if gain.shape[0] != 1:
             rows = gain.flatten()
             return (rows - 1) * plain + rows * adapter.inner.apply(x)
@@ -121,6 +130,27 @@ class AdaptedLinear(nn.Module):
     def _dense(self) -> Tensor:
         layer = self.layer
         return layer.stored.dequantise() if isinstance(layer, QuantisedLinear) else layer.weight.float()
+
+
+class _Tensors(nn.Module):
+    """An adapter whose tensors are buffers, so that what moves modules moves them."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        self._adapter, self._count = adapter, 0
+
+        def register(tensor: Tensor) -> Tensor:
+            self.register_buffer(f"tensor{self._count}", tensor)
+            self._count += 1
+            return tensor
+
+        adapter.map(register)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter with its tensors where they are now."""
+        tensors = (self._buffers[f"tensor{index}"] for index in range(self._count))
+        return self._adapter.map(lambda _: next(tensors))
 
 
 class _ChangedTensor:

@@ -58,17 +58,17 @@ class Lora:
 _ATTACHED = "_attached_loras"
 
 
-def adapt(module: nn.Module, loras: tuple[Lora, ...], expert: str, sigma: float) -> None:
+def adapt(module: nn.Module, loras: tuple[Lora, ...], expert: str, sigma: float) -> bool:
     """Put exactly these LoRAs on `module`, the expert of that name, with their strengths at `sigma`.
 
-    Where they are on it already only strengths change.
+    Where they are on it already only strengths change. Returns whether tensors were added, taken away or replaced.
     """
     keys = tuple(lora.key for lora in loras)
     held, attachment = module.__dict__.get(_ATTACHED, ((), None))
-    if held != keys:
+    changed = held != keys
+    if changed:
         if attachment:
             attachment.detach()
         attachment = Attachment(module, [lora.adapters[expert] for lora in loras]) if loras else None
         module.__dict__[_ATTACHED] = keys, attachment
-    if attachment:
-        attachment.set([lora.strength_at(expert, sigma) for lora in loras])
+    return bool(attachment and attachment.set([lora.strength_at(expert, sigma) for lora in loras])) or changed

@@ -1,0 +1,48 @@
+"""Where the blocks of a model live: all on the device, or some on the host, from where they come to be computed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many of a model's blocks are `swapped`, through how many `slots`, and how many bytes of host memory may be
+    `pinned` for them.
+
+    Raises ValueError for numbers that cannot be.
+    """
+
+    swapped: int = 0
+    slots: int = 2
+    pinned: int = 0
+
+    def __post_init__(self) -> None:
+        if self.swapped < 0 or self.slots < 1 or self.pinned < 0:
+            raise ValueError(f"{self} is no layout: expected swapped >= 0 blocks, slots >= 1 and pinned >= 0 bytes.")
+
+    def names(self, module: nn.Module) -> tuple[str, ...]:
+        """Names of the swapped blocks in `module`, which may be on the meta device.
+
+        They are spread evenly: while blocks that stay compute, the next swapped one has more time to arrive.
+        """
+        names = block_names(module)
+        swapped = min(self.swapped, len(names))
+        return tuple(name for index, name in enumerate(names)
+                     if (index + 1) * swapped // len(names) > index * swapped // len(names))
+
+
+RESIDENT = Layout()
+
+
+def below(names: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a tensor's name is that of one below one of the modules `names`."""
+    prefixes = tuple(f"{name}." for name in names)
+    return lambda name: name.startswith(prefixes)
+
+
+def block_names(module: nn.Module) -> list[str]:
+    """Names of a model's blocks: what stands in its lists of modules, and runs one after the other."""
+    return [f"{name}.{index}" for name, child in module.named_children() if isinstance(child, nn.ModuleList)
+            for index in range(len(child))]
