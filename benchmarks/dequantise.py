@@ -10,9 +10,7 @@ device copies 0.5 GB. On a CPU only PyTorch's operations are timed. Printed as a
 """
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.shared import best_device, device_name, median_time  # noqa: E402
 from wan_core.weights.fused import fused_blocks, fused_scaled, kernels_for  # noqa: E402
 from wan_core.weights.gguf_blocks import FORMATS  # noqa: E402
 
@@ -95,34 +94,6 @@ def copy_rate(rounds: int, device: torch.device) -> float:
     source = torch.empty(1 << 29, dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source)
     return 2 * source.nbytes / median_time(lambda: target.copy_(source), max(rounds, 5), device)
-
-
-def median_time(work: Callable[[], object], rounds: int, device: torch.device) -> float:
-    """Seconds of one run; the first round, which compiles and warms up, does not count where there are several."""
-    times = []
-    # On a GPU a round is several runs, so that waiting for them weighs little.
-    runs = 1 if device.type == "cpu" else 10
-    for _ in range(rounds + (rounds > 1)):
-        synchronise(device)
-        started = time.perf_counter()
-        for _ in range(runs):
-            work()
-        synchronise(device)
-        times.append((time.perf_counter() - started) / runs)
-    return statistics.median(times[rounds > 1:])
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
-
-
-def best_device() -> str:
-    return next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), "cpu")
-
-
-def device_name(device: torch.device) -> str:
-    return "CPU" if device.type == "cpu" else getattr(torch, device.type).get_device_name(device)
 
 
 if __name__ == "__main__":

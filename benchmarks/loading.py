@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.shared import host_mb, is_matrix  # noqa: E402
 from wan_core.models import Part  # noqa: E402
 from wan_core.presets import TRANSFORMERS  # noqa: E402
 from wan_core.weights import expected_shapes  # noqa: E402
@@ -75,17 +76,13 @@ def write_gguf(path: Path, form: str) -> None:
         file.truncate(-(-path.stat().st_size // 32) * 32 + size)
 
 
-def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    return name.startswith("blocks.") and len(shape) == 2
-
-
 def measure(path: Path, device: str) -> dict[str, object]:
-    before, peak = private_mb(), [0.0]
+    before, peak = host_mb("RssAnon"), [0.0]
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.01):
-            peak[0] = max(peak[0], private_mb())
+            peak[0] = max(peak[0], host_mb("RssAnon"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -106,12 +103,6 @@ def measure(path: Path, device: str) -> dict[str, object]:
     return {"file": path.name, "gb": round(path.stat().st_size / 1e9, 2), "open_s": round(opened - started, 3),
             "build_s": round(built - opened, 3), "use_s": round(used - built, 1),
             "private_mb": round(peak[0] - before, 1), "device": device}
-
-
-def private_mb() -> float:
-    """RssAnon of this process in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e3
 
 
 if __name__ == "__main__":

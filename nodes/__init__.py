@@ -13,6 +13,7 @@ from .loaders import (
     WanCoreVAELoader,
 )
 from .lora import WanCoreLora
+from .memory import WanCoreMemory
 from .sampler import WanCoreSampler
 from .text import WanCoreTextEncode
 from .vace import WanCoreVace, WanCoreVaceModule
@@ -22,6 +23,7 @@ NODE_CLASS_MAPPINGS = {
     "WanCoreModelLoader": WanCoreModelLoader,
     "WanCoreExpertPairLoader": WanCoreExpertPairLoader,
     "WanCoreLora": WanCoreLora,
+    "WanCoreMemory": WanCoreMemory,
     "WanCoreTextEncoderLoader": WanCoreTextEncoderLoader,
     "WanCoreCLIPVisionLoader": WanCoreCLIPVisionLoader,
     "WanCoreVAELoader": WanCoreVAELoader,
@@ -41,6 +43,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreModelLoader": "Wan Model Loader",
     "WanCoreExpertPairLoader": "Wan Expert Pair Loader",
     "WanCoreLora": "Wan LoRA",
+    "WanCoreMemory": "Wan Memory",
     "WanCoreTextEncoderLoader": "Wan Text Encoder Loader",
     "WanCoreCLIPVisionLoader": "Wan CLIP Vision Loader",
     "WanCoreVAELoader": "Wan VAE Loader",

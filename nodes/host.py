@@ -12,9 +12,10 @@ file: taking a model off the device means to drop it, and nothing is copied back
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..wan_core import nano
-from ..wan_core.memory import OneAtATime, Placement
+from ..wan_core.memory import RESIDENT, Layout, OneAtATime, Placement
 from ..wan_core.models import Model, Part, TextEncoder, VideoVAE, VisionEncoder, load_vae
 from ..wan_core.presets import VAES, VAESpec
 from ..wan_core.vae import LatentStats
@@ -38,7 +39,6 @@ try:
     import latent_preview
     from comfy.cli_args import args as comfy_arguments
     from comfy.patcher_extension import CallbacksMP
-    from server import PromptServer
 except ModuleNotFoundError as missing:
     # A folder named "comfy" (one of tests, say) does not make ComfyUI; what ComfyUI itself lacks is its own error.
     if missing.name.partition(".")[0] not in ("comfy", "folder_paths", "latent_preview"):
@@ -128,9 +128,9 @@ class Standalone:
 
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Advance]:
-        """Gives a callable that counts one more of `total`, with a preview if there is one."""
+        """Gives a callable that says how many of `total` are done, or one more, with a preview if there is one."""
         with tqdm(total=total, desc=what) as bar:
-            yield lambda preview=None: bar.update()
+            yield lambda done=None, preview=None: bar.update(1 if done is None else done - bar.n)
 
     def previewer(self, spec: VAESpec, device: torch.device) -> Callable[[Tensor], Preview] | None:
         """Turns normalised latents [B, C, T, H, W] of a VAE into a preview; None if the user wants no previews."""
@@ -151,6 +151,10 @@ class Standalone:
         name = f"{target.name}_{max(used, default=0) + 1:05}_{suffix}"
         subfolder = target.parent.relative_to(output).as_posix()
         return SaveTarget(target.parent / name, {"filename": name, "subfolder": subfolder, "type": "output"})
+
+    def checkpoints_folder(self) -> Path:
+        """Where runs are saved while they go on: a folder that is not emptied when the program starts again."""
+        return Path("output", "wan-checkpoints")
 
     def stores_workflows(self) -> bool:
         """Whether saved files may hold the graph that made them."""
@@ -197,7 +201,7 @@ class ComfyUI(Standalone):
             "clip_vision": (management.text_encoder_device, management.text_encoder_offload_device),
             "vae": (management.vae_device, management.vae_offload_device),
         }[kind]
-        return ManagedPlacement(device(), offload_device())
+        return ManagedPlacement.on(device(), offload_device())
 
     def with_room(self, handle: Handle, nbytes: int) -> Handle:
         if not isinstance(handle.placement, ManagedPlacement):
@@ -212,7 +216,8 @@ class ComfyUI(Standalone):
 
     def say(self, node_id: str | None, text: str) -> None:
         super().say(node_id, text)
-        page = getattr(PromptServer, "instance", None)
+        # ComfyUI's nodes can be run without its server, whose module then cannot even be imported.
+        page = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
         if page is not None and node_id is not None:
             page.send_progress_text(text, node_id, page.client_id)
 
@@ -220,9 +225,9 @@ class ComfyUI(Standalone):
     def progress(self, total: int, what: str) -> Iterator[Advance]:
         page = comfy.utils.ProgressBar(total)
         with super().progress(total, what) as count:
-            def advance(preview: Preview = None) -> None:
-                count()
-                page.update_absolute(page.current + 1, preview=preview)
+            def advance(done: int | None = None, preview: Preview = None) -> None:
+                count(done)
+                page.update_absolute(page.current + 1 if done is None else done, preview=preview)
 
             yield advance
 
@@ -240,6 +245,10 @@ class ComfyUI(Standalone):
             prefix, folder_paths.get_output_directory(), width, height)
         name = f"{name}_{counter:05}_{suffix}"
         return SaveTarget(Path(folder, name), {"filename": name, "subfolder": subfolder, "type": "output"})
+
+    def checkpoints_folder(self) -> Path:
+        # ComfyUI empties its temp folder whenever it starts.
+        return Path(folder_paths.get_user_directory(), "wan-checkpoints")
 
     def stores_workflows(self) -> bool:
         return not comfy_arguments.disable_metadata
@@ -272,27 +281,17 @@ class WanWeights(nn.Module):
     """Stands for a checkpoint in the list of ComfyUI's memory manager; it has no weights of its own."""
 
 
-class _Placed:
-    """The module on the device, None while it is not there."""
-
-    module: nn.Module | None = None
-
-    def drop(self, patcher: object, unpatch_all: bool) -> None:
-        """What the manager calls to take the model off the device, or with False only to list it anew."""
-        if unpatch_all:
-            self.module = None
-
-
 @dataclass
 class _Tenant:
-    """The part that holds the place, and its entry with the manager, which refers to it only weakly.
+    """What is placed, and its entry with the manager, which refers to it only weakly.
 
-    The manager's entry knows `placed` and nothing else of ours: a cycle would keep dropped weights alive.
+    The manager's entry knows `weights` and nothing else of ours: a cycle would keep dropped weights alive.
     """
 
+    weights: OneAtATime
     part: Part | None = None
-    dtype: torch.dtype | None = None
-    placed: _Placed | None = None
+    key: tuple = ()
+    size: int = 0
     patcher: object = None
     run: object = None
 
@@ -308,40 +307,72 @@ class ManagedPlacement:
 
     device: torch.device
     offload_device: torch.device
+    tenant: _Tenant
     room: int = 0
     run: object = None
-    tenant: _Tenant = field(default_factory=_Tenant)
 
-    def place(self, part: Part, dtype: torch.dtype) -> nn.Module:
+    @classmethod
+    def on(cls, device: torch.device, offload_device: torch.device) -> "ManagedPlacement":
+        return cls(device, offload_device, _Tenant(OneAtATime(device)))
+
+    def budget(self, wanted: int) -> int | None:
+        """See `Placement.budget`. Models of others are unloaded where that makes the room that is wanted."""
+        if self.device.type == "cpu":
+            return None
+        own = self.tenant.weights.nbytes
+        kept = [entry for entry in management.current_loaded_models if entry.model is self.tenant.patcher]
+        management.free_memory(wanted - own + management.extra_reserved_memory(), self.device, keep_loaded=kept)
+        return int(management.get_free_memory(self.device)) + own - management.extra_reserved_memory()
+
+    def place(self, part: Part, dtype: torch.dtype, layout: Layout = RESIDENT) -> nn.Module:
         """See `Placement.place`."""
-        tenant = self.tenant
-        if tenant.part is not part or tenant.dtype != dtype:
-            self.clear()
-            tenant.part, tenant.dtype, tenant.placed = part, dtype, _Placed()
-            tenant.patcher = self._register(part, dtype, tenant.placed)
-        elif tenant.placed.module is not None and self.run is not None and self.run is tenant.run:
-            return tenant.placed.module
+        tenant, key = self.tenant, (dtype, layout)
+        if tenant.part is not part or tenant.key != key:
+            self._register(part, dtype, layout)
+        elif tenant.weights.holds(part, dtype, layout) and self.run is not None and self.run is tenant.run:
+            return tenant.weights.place(part, dtype, layout)
         management.load_models_gpu([tenant.patcher], memory_required=self.room, force_full_load=True)
         tenant.run = self.run
-        if tenant.placed.module is None:
+        if not tenant.weights.holds(part, dtype, layout):
             log.info("Wan: reading %s to %s as %s", part.label, self.device, str(dtype).removeprefix("torch."))
-            try:
-                tenant.placed.module = part.build(self.device, dtype)
-            except BaseException:
-                self.clear()
-                raise
-        return tenant.placed.module
+        try:
+            return tenant.weights.place(part, dtype, layout)
+        except BaseException:
+            self.clear()
+            raise
+
+    def expect(self, part: Part, dtype: torch.dtype, layout: Layout = RESIDENT) -> None:
+        """See `Placement.expect`."""
+        self.tenant.weights.expect(part, dtype, layout)
+
+    def changed(self) -> None:
+        """See `Placement.changed`."""
+        self.tenant.weights.changed()
 
     def clear(self) -> None:
         """See `Placement.clear`."""
-        tenant = self.tenant
-        tenant.part = tenant.dtype = tenant.placed = tenant.patcher = tenant.run = None
+        self.tenant.weights.clear()
+        self.tenant.part = self.tenant.patcher = self.tenant.run = None
 
-    def _register(self, part: Part, dtype: torch.dtype, placed: _Placed) -> object:
-        patcher = comfy.model_patcher.ModelPatcher(WanWeights(), self.device, self.offload_device,
-                                                   size=part.size(dtype))
-        patcher.add_callback(CallbacksMP.ON_DETACH, placed.drop)
-        return patcher
+    def _register(self, part: Part, dtype: torch.dtype, layout: Layout) -> None:
+        """Make the part the tenant, with an entry of its own unless it takes turns with one in the same slots."""
+        tenant, size = self.tenant, part.resident_size(dtype, layout)
+        if not layout.swapped or tenant.patcher is None or (tenant.key, tenant.size) != ((dtype, layout), size):
+            self.clear()
+            tenant.patcher = comfy.model_patcher.ModelPatcher(WanWeights(), self.device, self.offload_device, size=size)
+            tenant.patcher.add_callback(CallbacksMP.ON_DETACH, _Drop(tenant.weights))
+        tenant.part, tenant.key, tenant.size = part, (dtype, layout), size
+
+
+@dataclass(frozen=True, eq=False)
+class _Drop:
+    """What the manager calls to take the model off the device, or with False only to list it anew."""
+
+    weights: OneAtATime
+
+    def __call__(self, patcher: object, unpatch_all: bool) -> None:
+        if unpatch_all:
+            self.weights.clear()
 
 
 def _nano_preview(file: Path) -> Callable[[Tensor], Preview]:

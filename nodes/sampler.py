@@ -6,18 +6,23 @@ CONST.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..wan_core.checkpoint import Checkpoints
 from ..wan_core.conditioning import check_values
+from ..wan_core.forecast import planned
+from ..wan_core.memory.budget import measured_peak, reset_peak
+from ..wan_core.memory.recovery import is_out_of_memory, release
 from ..wan_core.models import Model
 from ..wan_core.pipeline import initial_noise, sample
 from ..wan_core.sampling import SOLVERS, Conditions, Guidance, Schedule, Step, make_schedule, partial
 from ..wan_core.sampling import schedule_from_sigmas as from_sigmas
 from .conditioning import text_conditions
-from .host import HOST
+from .host import HOST, Preview
 from .latent import MADE_FOR
 
 log = logging.getLogger(__name__)
@@ -93,10 +98,13 @@ class WanCoreSampler:
                     "tooltip": "Noise levels from another node, 1 falling to 0. They take the place of steps, shift "
                                "and denoise."}),
             },
+            "hidden": {
+                "node_id": "UNIQUE_ID",
+            },
         }
 
     def sample(self, model: Model, positive: list, negative: list, latent: dict, sigmas: Tensor | None = None,
-               **widgets: object) -> tuple[dict]:
+               node_id: str | None = None, **widgets: object) -> tuple[dict]:
         options = Widgets(**widgets)
         samples = latent["samples"]
         model.check_latents(samples)
@@ -110,15 +118,23 @@ class WanCoreSampler:
         log.info("Wan: %s, %d steps of %s from sigma %.3f to %.3f, shift %g, guidance %s", model.preset.title,
                  schedule.steps, options.solver, schedule.sigmas[0], schedule.sigmas[-1], shift,
                  f"{guidance.high:g} and {guidance.low:g}" if model.preset.experts else f"{guidance.low:g}")
-        model = HOST.with_room(model, _working_memory(model, samples))
+        model, told = planned(model, shape, [*conditions.positive, *conditions.negative])
+        if told:
+            HOST.say(node_id, f"{told}\n{told.bars()}")
+            model = HOST.with_room(model, told.peak - told.weights)
+            reset_peak(model.placement.device)
         previewer = HOST.previewer(model.vae_spec, model.placement.device)
         with HOST.progress(schedule.steps, "Wan sampler") as advance:
             def on_step(step: Step) -> None:
-                advance(previewer(step.clean) if previewer else None)
+                # A run that goes on from where it was saved begins in the middle.
+                advance(step.index + 1, _preview(previewer, step))
 
             result = sample(model, samples if noise is not None else _noisy(model, samples, schedule), schedule,
-                            conditions, guidance, noise=noise, mask=mask, solver=options.solver, on_step=on_step,
+                            conditions, guidance, noise=noise, mask=mask, solver=options.solver,
+                            checkpoints=_checkpoints(model), on_step=on_step,
                             on_block=lambda block: HOST.check_interrupt())
+        if told:
+            HOST.say(node_id, f"{told}\n{told.bars(measured_peak(model.placement.device))}")
         result = _exchanged(model, result, schedule).to(HOST.result_device())
         return ({**latent, "samples": result, MADE_FOR: model.preset.vae},)
 
@@ -205,13 +221,19 @@ def _exchanged(model: Model, samples: Tensor, schedule: Schedule) -> Tensor:
     return stats.restore(stats.normalise(samples) / (1 - sigma))
 
 
-def _working_memory(model: Model, samples: Tensor) -> int:
-    """Bytes that a run needs beside the weights: what is alive at the widest point of a block.
+def _preview(previewer: Callable[[Tensor], Preview] | None, step: Step) -> Preview:
+    """A preview of a step, if the user wants one; none where there is no memory for it, which is no reason to stop."""
+    if previewer is None:
+        return None
+    try:
+        return previewer(step.clean)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        release(error, step.clean.device)
+        return None
 
-    The residual stream is float32; the normed input, the feed-forward network's hidden layer before and after its
-    activation, and a little else are in the working precision, for which two bytes are assumed: only on an accelerator
-    does the figure matter.
-    """
-    batch, _, frames, height, width = samples.shape
-    tokens = batch * frames * height * width // 4
-    return tokens * (model.spec.dim * (4 + 4 * 2) + 2 * 2 * model.spec.ffn_dim)
+
+def _checkpoints(model: Model) -> Checkpoints | None:
+    """Where a run is saved while it goes on, unless the user wants none."""
+    return Checkpoints(HOST.checkpoints_folder(), model.memory.save_every) if model.memory.save_every else None

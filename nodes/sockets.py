@@ -9,12 +9,12 @@ Reference: ComfyUI's `nodes.py`, `comfy/sd.py` and `comfy/clip_vision.py`.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from ..wan_core.conditioning import check_values
+from ..wan_core.forecast import fitted, fitted_encoder
 from ..wan_core.memory import working_dtype
 from ..wan_core.models import TextEncoder, VideoVAE, VisionEncoder
 from ..wan_core.presets import PRESETS
@@ -28,11 +28,6 @@ log = logging.getLogger(__name__)
 # The name under which ComfyUI keeps the tokens of this encoder.
 TOKENS = "umt5xxl"
 Tokens = dict[str, list[list[tuple[int, float]]]]
-
-# What a VAE of each family needs beside its weights, in copies of one piece (four frames) at full resolution and the
-# decoder's base width: the causal memory and what is alive at the widest point. Measured for decoding, in the tensors
-# alive: 12 and 4.1, in float32 and in bfloat16; the rest is for what libraries take. Wan 2.2 works on 2x2 patches.
-VAE_COPIES = MappingProxyType({"wan21": 20, "wan22": 7})
 
 # What the CLIP vision model needs beside its weights, in float32 copies of its widest layer: what goes into and comes
 # out of the activation, the residual and its norms.
@@ -64,7 +59,7 @@ class ComfyTextEncoder:
                            return_dict: bool = False) -> Tensor | tuple[Tensor, None] | dict:
         """Embeddings [1, 512, width] float32, zero past the prompt's end."""
         rows = [[piece for piece in row if piece[0] not in (EOS_ID, PAD_ID)] for row in tokens[TOKENS]]
-        encoder = HOST.with_room(self.encoder, 0)
+        encoder = HOST.with_room(fitted_encoder(self.encoder), 0)
         embeddings = encode_pieces(encoder.module(), rows, encoder.part.spec.text_len,
                                    lambda block: HOST.check_interrupt()).to(HOST.result_device())
         if return_dict:
@@ -183,8 +178,8 @@ class ComfyVAE:
         stride, step = vae.spec.spatial_stride, vae.spec.temporal_stride
         frames = torch.empty((batch, 1 + (latent_frames - 1) * step, height * stride, width * stride, 3),
                              device=HOST.result_device())
+        vae = self._with_room(vae, tuple(samples.shape))
         tiles = vae.tiling.count(height, width, stride) if vae.tiling else 1
-        vae = self._with_room(vae, height * stride, width * stride, batch)
         with HOST.progress(tiles * latent_frames, "Wan decode") as advance:
             vae.decode(samples.float(), out=frames.movedim(-1, 1), on_piece=_counted(advance))
         return frames.add_(1).mul_(0.5)
@@ -195,8 +190,9 @@ class ComfyVAE:
         clips = self._on_grid(pixels if pixels.ndim == 5 else pixels[None])[..., :3].movedim(-1, 1)
         batch, _, frames, height, width = clips.shape
         stride, step = vae.spec.spatial_stride, vae.spec.temporal_stride
+        shape = (batch, vae.spec.z_dim, 1 + (frames - 1) // step, height // stride, width // stride)
+        vae = self._with_room(vae, shape, encode=True)
         tiles = vae.tiling.count(height // stride, width // stride, stride) if vae.tiling else 1
-        vae = self._with_room(vae, height, width, batch)
         with HOST.progress(tiles * (1 + (frames - 1) // step), "Wan encode") as advance:
             latents = vae.encode(clips * 2 - 1, on_piece=_counted(advance))
         return latents.to(HOST.result_device())
@@ -224,12 +220,11 @@ class ComfyVAE:
         shared = min(max(1, (overlap or 0) // unit), min(columns, rows) // 2)
         return Tiling(rows * stride, columns * stride, shared * stride)
 
-    def _with_room(self, vae: VideoVAE, height: int, width: int, batch: int) -> VideoVAE:
-        if vae.tiling:
-            height, width = min(height, vae.tiling.height), min(width, vae.tiling.width)
-        piece = batch * vae.spec.decoder_dim * vae.spec.temporal_stride * height * width
-        dtype = working_dtype(vae.dtype, vae.part.stored_dtype, vae.placement.device)
-        return HOST.with_room(vae, piece * dtype.itemsize * VAE_COPIES[vae.spec.kind])
+    def _with_room(self, vae: VideoVAE, shape: tuple[int, ...], encode: bool = False) -> VideoVAE:
+        """The VAE in tiles that fit what is free, and with that room asked for."""
+        vae, peak = fitted(vae, shape, encode)
+        weights = vae.part.size(working_dtype(vae.dtype, vae.part.stored_dtype, vae.placement.device))
+        return HOST.with_room(vae, max(0, peak - weights))
 
 
 def check_pictures(image: Tensor) -> None:

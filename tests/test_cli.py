@@ -13,8 +13,9 @@ import torch
 
 from tests.small_models import save_module, write_hollow
 from tests.weights.lora.lora_files import low_rank, low_rank_file, write
-from wan_core import nano
+from wan_core import Checkpoints, generate, load_model, load_text_encoder, load_vae, nano
 from wan_core.__main__ import main
+from wan_core.memory import OneAtATime
 from wan_core.presets import TEXT_ENCODERS, TRANSFORMERS, VAES, TransformerSpec
 from wan_core.text import UMT5Encoder
 from wan_core.training.score import score
@@ -340,6 +341,54 @@ def test_control_c_stops_at_once_and_leaves_nothing(files, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Stop(Exception):
+    """Raised from outside."""
+
+
+@pytest.fixture
+def checkpoint(files, tmp_path):
+    """A run with the settings of `shell` that was stopped behind the first of its two steps."""
+    def on_step(step):
+        raise Stop
+
+    placement = OneAtATime("cpu")
+    with pytest.raises(Stop):
+        generate("a red circle", width=32, height=16, frames=5, steps=2, model=load_model(
+            files.model, placement=placement), vae=load_vae(files.vae, placement=placement),
+            text_encoder=load_text_encoder(files.text_encoder, placement=placement),
+            checkpoints=Checkpoints(tmp_path / "runs"), on_step=on_step)
+    return next((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("how", ["folder", "file"])
+def test_a_run_goes_on(shell, checkpoint, tmp_path, caplog, how):
+    """--checkpoint-dir goes on with what an equal run has saved there, --resume with a file; the bar begins there, the
+    video is the undisturbed one, and the file is gone."""
+    assert shell()[0] == 0
+    expected = read_video(tmp_path / "clip.mp4")
+    caplog.set_level("INFO")
+    where = ["--resume", str(checkpoint)]
+    if how == "folder":
+        where = ["--checkpoint-dir", str(checkpoint.parent), "--checkpoint-every", "2"]
+    status, _, errors = shell(*where)
+    assert status == 0 and f"{checkpoint.name}: going on at step 2 of 2" in caplog.text
+    assert "| 2/2 " in "".join(errors) and "| 0/2 " not in "".join(errors)
+    assert torch.equal(read_video(tmp_path / "clip.mp4"), expected) and not list(checkpoint.parent.iterdir())
+
+
+def test_checkpoints_that_cannot_be_used(shell, checkpoint, tmp_path):
+    """Another seed than the saved run's, a file that is not there, an interval without a folder or of no steps: one
+    line that says what is wrong, and status 2."""
+    for options, message in (
+            (["--resume", str(checkpoint), "--seed", "3"], "of other settings. seed: 0 there, 3 here."),
+            (["--resume", str(tmp_path / "absent.safetensors")], "there is no checkpoint "),
+            (["--checkpoint-every", "2"], "--checkpoint-dir, which says where, is missing"),
+            (["--checkpoint-dir", str(tmp_path), "--checkpoint-every", "0"], "every 0 steps; expected 1 or more")):
+        status, _, errors = shell(*options)
+        assert status == 2 and errors[-1].startswith("error: ") and message in errors[-1]
+    assert checkpoint.exists()
+
+
 @pytest.mark.parametrize(("path", "preset"), [
     (nano.VAE, "nano_vae"), (nano.TEXT_ENCODER, "nano_umt5"), (nano.T2V, "nano_t2v"), (nano.T2V_HIGH, "nano_t2v_a"),
     (nano.T2V_LOW, "nano_t2v_a"), (nano.I2V, "nano_i2v"), (nano.CLIP_VISION, "nano_clip"),
@@ -421,6 +470,6 @@ def test_help_names_every_option(capsys):
     for option in ("--model", "--high", "--low", "--vae", "--text-encoder", "--size", "--frames", "--steps", "--seed",
                    "--solver", "--shift", "--guidance", "--tile", "--device", "--image", "--end-image", "--clip-vision",
                    "--control", "--mask", "--reference", "--vace", "--video", "--denoise", "--fit", "--lora",
-                   "--weights"):
+                   "--weights", "--checkpoint-dir", "--checkpoint-every", "--resume"):
         assert option in out
 

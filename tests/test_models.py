@@ -489,3 +489,40 @@ def test_fp8_products_are_a_choice():
         replace(model, fp8_products="yes")
     with pytest.raises(ValueError, match="the device meta has none: they need an NVIDIA card"):
         choose_fp8_products("on", torch.device("meta"))
+
+
+@pytest.mark.parametrize("encode", [False, True])
+def test_a_vae_that_runs_out_of_memory_goes_on_in_tiles(encode, caplog):
+    """Promise: the result is that of tiles from the start, wherever memory ran out; with nothing left to save the error
+    reaches the user."""
+    vae = load_vae(placement=OneAtATime("cpu"))
+    latents, video = torch.randn(1, 16, 2, 10, 10), torch.rand(1, 3, 5, 80, 80) * 2 - 1
+
+    def run(handle):
+        return handle.encode(video) if encode else handle.decode(latents)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("injected")
+
+    expected = run(replace(vae, tiling=Tiling(64, 64, 8)))
+    start = replace(vae, tiling=Tiling(128, 128, 16))
+    start.module().get_submodule("encoder.middle.0" if encode else "decoder.middle.0").register_forward_hook(fail)
+    assert torch.equal(run(start), expected)
+    assert "goes on with tiles of 64 pixels" in caplog.text
+    small = replace(vae, tiling=Tiling(64, 64, 8))
+    small.module().get_submodule("encoder.middle.0" if encode else "decoder.middle.0").register_forward_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError, match="injected"):
+        run(small)
+
+
+def test_a_text_encoder_that_runs_out_of_memory_goes_on_block_by_block(caplog):
+    """Promise: its blocks come and go from then on, and the embedding is the same bit for bit."""
+    encoder = load_text_encoder(placement=OneAtATime("cpu"))
+    expected = encoder.encode(["a red circle"])
+
+    def fail(*_):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.")
+
+    encoder.module().blocks[1].register_forward_hook(fail)
+    assert torch.equal(encoder.encode(["a red circle"]), expected)
+    assert "goes on with its blocks coming and going" in caplog.text

@@ -39,10 +39,13 @@ MAY_IMPORT = {
     "training": {"conditioning", "dit", "memory", "models", "nano", "pipeline", "presets", "sampling", "text", "vae",
                  "video", "vision", "visuals", "weights"},
     "visuals": {"conditioning", "models"},
-    "pipeline": {"conditioning", "memory", "models", "nano", "presets", "sampling", "video", "visuals"},
-    "__init__": {"models", "pipeline", "visuals", "weights"},
-    "__main__": {"conditioning", "dit", "memory", "models", "pipeline", "presets", "sampling", "training", "vae",
-                 "video", "visuals", "weights"},
+    "checkpoint": {"memory", "models", "sampling", "weights"},
+    "forecast": {"conditioning", "dit", "memory", "models", "vae", "weights"},
+    "pipeline": {"checkpoint", "conditioning", "forecast", "memory", "models", "nano", "presets", "sampling", "video",
+                 "visuals"},
+    "__init__": {"checkpoint", "models", "pipeline", "visuals", "weights"},
+    "__main__": {"checkpoint", "conditioning", "dit", "memory", "models", "pipeline", "presets", "sampling",
+                 "training", "vae", "video", "visuals", "weights"},
 }
 
 

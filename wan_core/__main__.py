@@ -6,15 +6,17 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .checkpoint import Checkpoints
 from .conditioning import FITS
 from .dit import BACKENDS
-from .memory import OneAtATime, working_dtype
+from .memory import Memory, OneAtATime, working_dtype
 from .models import (
     NANO,
     Model,
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -131,7 +133,17 @@ def _add_settings(make: argparse.ArgumentParser) -> None:
     machine = make.add_argument_group("machine")
     machine.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the accelerator, if there is one)")
     machine.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    machine.add_argument("--memory", type=float, metavar="GB",
+                         help="device memory that may be used (default: what is free); a model that does not fit comes "
+                              "and goes block by block")
+    machine.add_argument("--pinned", type=float, metavar="GB",
+                         help="host memory that may be page-locked for that (default: half of what is free)")
     machine.add_argument("--attention", default="sdpa", choices=list(BACKENDS))
+    machine.add_argument("--checkpoint-dir", type=Path, metavar="DIR",
+                         help="save the run here while it goes on; started again, it goes on from there")
+    machine.add_argument("--checkpoint-every", type=int, metavar="N", help="steps between two savings (default: 1)")
+    machine.add_argument("--resume", type=Path, metavar="FILE",
+                         help="checkpoint to go on from; with other settings than its own it is refused")
     machine.add_argument("--tile", type=int, metavar="PIXELS", help="decode in tiles of this size, to save memory")
 
 
@@ -148,12 +160,14 @@ def _generate(options: argparse.Namespace) -> None:
     if options.clip_vision is not None:
         clip_vision = load_clip_vision(options.clip_vision, placement=placement, dtype=options.dtype)
     text_encoder = load_text_encoder(options.text_encoder, tokenizer=options.tokenizer, placement=placement)
+    memory = Memory(options.memory, options.pinned)
+    model, vae, text_encoder = (replace(handle, memory=memory) for handle in (model, vae, text_encoder))
     width, height = options.size or (None, None)
     bar: tqdm | None = None
 
     def on_step(step: Step) -> None:
         nonlocal bar
-        bar = bar or tqdm(total=step.total, unit="step", initial=0)
+        bar = bar or tqdm(total=step.total, unit="step", initial=step.index)
         bar.set_postfix_str(f"sigma {step.sigma:.3f}" + (f", {step.expert}-noise expert" if model.boundary else ""))
         bar.update()
 
@@ -162,7 +176,7 @@ def _generate(options: argparse.Namespace) -> None:
                          visuals=_visuals(options), width=width, height=height, frames=options.frames,
                          negative_prompt=options.negative, steps=options.steps, seed=options.seed,
                          solver=options.solver, shift=options.shift, guidance=options.guidance, fps=options.fps,
-                         on_step=on_step)
+                         checkpoints=_checkpoints(options), on_step=on_step)
     finally:
         if bar:
             bar.close()
@@ -170,6 +184,19 @@ def _generate(options: argparse.Namespace) -> None:
     frames, height, width, _ = video.frames.shape
     print(f"{options.out}: {frames} frames of {width}x{height} at {video.fps:g} fps, {model.preset.title}, "
           f"{video.settings['seconds']} s")
+
+
+def _checkpoints(options: argparse.Namespace) -> Checkpoints | None:
+    """Where the run is saved and what it goes on from; by itself, the file that is resumed says where."""
+    folder = options.checkpoint_dir
+    if folder is None and options.resume is not None:
+        folder = options.resume.parent
+    if folder is None:
+        if options.checkpoint_every is not None:
+            raise ValueError("--checkpoint-every says how often a run is saved, and --checkpoint-dir, which says "
+                             "where, is missing.")
+        return None
+    return Checkpoints(folder, 1 if options.checkpoint_every is None else options.checkpoint_every, options.resume)
 
 
 def _visuals(options: argparse.Namespace) -> Visuals:

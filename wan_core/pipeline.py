@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from . import nano
+from .checkpoint import Checkpoints, SavedRun, settings_of
 from .conditioning import ImageChannels, ImageTokens, KnownLatents, TextCondition, VaceCondition, active
-from .memory import OneAtATime
+from .forecast import fitted, fitted_encoder, planned
+from .memory import OneAtATime, working_dtype
+from .memory.recovery import is_out_of_memory, release
 from .models import (
     Model,
     TextEncoder,
@@ -23,7 +26,7 @@ from .models import (
     load_vae,
 )
 from .presets import VAESpec
-from .sampling import Conditions, Guidance, Schedule, Step, denoise, make_schedule, needs_uncond
+from .sampling import Conditions, Guidance, NotFinite, Schedule, Step, denoise, make_schedule, needs_uncond
 from .video import check_fps, to_uint8, write_video
 from .visuals import Visuals, show
 
@@ -97,16 +100,34 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 def sample(model: Model, latents: Tensor, schedule: Schedule, conditions: Conditions, guidance: Guidance, *,
            noise: Tensor | None = None, mask: Tensor | None = None, solver: str = "unipc",
-           on_step: Callable[[Step], None] | None = None, on_block: Callable[[int], None] | None = None) -> Tensor:
+           checkpoints: Checkpoints | None = None, on_step: Callable[[Step], None] | None = None,
+           on_block: Callable[[int], None] | None = None) -> Tensor:
     """Denoise raw `latents` [B, C, T, H, W] (zeros for an empty clip) with `model`; returns raw latents on the host.
 
     `noise`, of the same shape, is mixed in at the schedule's first level; None leaves the latents as they are, for a
     run that goes on from another. `mask` [B, 1, T, H, W] in 0..1 says what is made anew (1) and what is kept of the
-    latents (0). Raises ValueError, before weights are loaded, for what does not fit the model.
+    latents (0). `checkpoints` says where the run is saved while it goes on, and an equal one goes on from there.
+    Raises ValueError, before weights are loaded, for what does not fit the model, and where a step gives NaN or
+    infinite values.
     """
+    result, saved = _sampled(model, latents, schedule, conditions, guidance, noise, mask, solver, checkpoints, {},
+                             on_step=on_step, on_block=on_block)
+    if saved:
+        saved.remove()
+    return result
+
+
+def _sampled(model: Model, latents: Tensor, schedule: Schedule, conditions: Conditions, guidance: Guidance,
+             noise: Tensor | None, mask: Tensor | None, solver: str, checkpoints: Checkpoints | None,
+             named: Mapping[str, object], **callbacks: Callable | None) -> tuple[Tensor, SavedRun | None]:
+    """See `sample`; and the checkpoint, which stays until the caller has made use of the result. `named` are settings
+    for people to read in it."""
     model.check_latents(latents)
     conditions = _completed(model, conditions, tuple(latents.shape))
     check_coverage(model, schedule, conditions, guidance)
+    model, told = planned(model, tuple(latents.shape), [*conditions.positive, *conditions.negative])
+    if told:
+        log.info("%s: %s", model.preset.title, told)
     stats, device = model.latent_stats, model.placement.device
     empty = not latents.count_nonzero()
     start = torch.zeros(latents.shape) if empty else stats.normalise(latents.float().cpu())
@@ -122,9 +143,41 @@ def sample(model: Model, latents: Tensor, schedule: Schedule, conditions: Condit
     if noise is not None:
         sigma = float(schedule.sigmas[0])
         start = noise if sigma >= PURE_NOISE_SIGMA else (1 - sigma) * start + sigma * noise
-    result = denoise(model, start.to(device), schedule, conditions, guidance, solver=solver, backend=model.attention,
-                     on_step=on_step, on_block=on_block)
-    return stats.restore(result.cpu())
+    saved = begin = None
+    if checkpoints:
+        settings = settings_of(model, schedule, conditions, guidance, solver, start, named)
+        saved = SavedRun(checkpoints, settings, schedule, solver)
+        begin = saved.load()
+    if begin:
+        model = replace(model, plan=replace(model.plan, chunk=begin.chunk))
+    try:
+        result = denoise(model, start, schedule, conditions, guidance, solver=solver, backend=model.attention,
+                         device=device, begin=begin, on_progress=saved.save if saved else None, **callbacks)
+    except NotFinite as error:
+        raise _explained(error, model) from error
+    return _on_host(model, result), saved
+
+
+def _explained(error: NotFinite, model: Model) -> ValueError:
+    part = model.high if error.expert == "high" else model.low
+    dtype = working_dtype(model.dtype, part.stored_dtype, model.placement.device)
+    loras = ", ".join(lora.file.path.name for lora in (*model.folded, *model.loras))
+    return ValueError(f"{error}, computed by {part.label} in {str(dtype).removeprefix('torch.')}. Use another "
+                      f"precision or another attention{f', leave a LoRA away ({loras})' if loras else ''}, or download "
+                      "the file again.")
+
+
+def _on_host(model: Model, result: Tensor) -> Tensor:
+    """The raw latents of a run's result on the host; a run is not lost because there is no room for them beside the
+    weights, which have done their work."""
+    try:
+        return model.latent_stats.restore(result.cpu())
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        model.placement.clear()
+        release(error, model.placement.device)
+    return model.latent_stats.restore(result.cpu())
 
 
 def _completed(model: Model, conditions: Conditions, shape: tuple[int, ...]) -> Conditions:
@@ -172,12 +225,13 @@ def generate(prompt: str, *, model: Model | None = None, vae: VideoVAE | None = 
              visuals: Visuals | None = None, negative_prompt: str | None = None, width: int | None = None,
              height: int | None = None, frames: int | None = None, steps: int | None = None, seed: int = 0,
              solver: str | None = None, shift: float | None = None, guidance: float | tuple[float, float] | None = None,
-             fps: float | None = None, on_step: Callable[[Step], None] | None = None,
-             on_block: Callable[[int], None] | None = None) -> Video:
+             fps: float | None = None, checkpoints: Checkpoints | None = None,
+             on_step: Callable[[Step], None] | None = None, on_block: Callable[[int], None] | None = None) -> Video:
     """Make a video of `prompt` and, if given, of `visuals`.
 
     Parts that are not given are the bundled nano models that go with `model`; settings that are not given are the
     preset's, but for the size, which follows a given picture. `guidance` is one scale or (high-noise, low-noise).
+    With `checkpoints` the run is saved while it goes on, until its frames are decoded.
     Raises ValueError, before anything is loaded, for an empty prompt, sizes off the grid, or parts that do not fit
     together.
     """
@@ -199,14 +253,18 @@ def generate(prompt: str, *, model: Model | None = None, vae: VideoVAE | None = 
     schedule = make_schedule(settings.solver, settings.steps, settings.shift, visuals.denoise)
     scales = Guidance(*settings.guidance)
     started = time.perf_counter()
-    contexts = text_encoder.encode([settings.prompt, settings.negative_prompt], on_block)
+    contexts = fitted_encoder(text_encoder, 2).encode([settings.prompt, settings.negative_prompt], on_block)
+    vae = fitted(vae, shape)[0]
     shown = show(visuals, model, vae, clip_vision, shape)
     conditions = Conditions([TextCondition(contexts[:1], beside=shown.beside)],
                             [TextCondition(contexts[1:], beside=shown.beside)])
     noise = initial_noise(tuple(shown.latents.shape), settings.seed)
-    latents = sample(model, shown.latents, schedule, conditions, scales, noise=noise, mask=shown.mask,
-                     solver=settings.solver, on_step=on_step, on_block=on_block)
+    named = {name: getattr(settings, name) for name in ("prompt", "negative_prompt", "seed")}
+    latents, saved = _sampled(model, shown.latents, schedule, conditions, scales, noise, shown.mask, settings.solver,
+                              checkpoints, named, on_step=on_step, on_block=on_block)
     pixels = vae.decode(latents[:, :, shown.trim:])[0]
+    if saved:
+        saved.remove()
     record = {**asdict(settings), **model.record(), "seconds": round(time.perf_counter() - started, 1)}
     return Video(to_uint8(pixels.movedim(0, -1)), settings.fps, record)
 

@@ -8,6 +8,7 @@ import json
 import sys
 import tempfile
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -57,6 +58,51 @@ def placement_facts() -> dict[str, bool]:
     del again, model, run, placement
     management.cleanup_models()
     found["gone_with_its_handle"] = gone() is None and listed() == []
+    return found
+
+
+def swap_facts() -> dict[str, bool]:
+    import comfy.model_management as management
+    import torch
+    from the_pack.nodes.host import HOST
+    from the_pack.wan_core.conditioning import TextCondition
+    from the_pack.wan_core.memory import Layout, Plan
+    from the_pack.wan_core.models import load_experts
+    from the_pack.wan_core.pipeline import initial_noise, sample
+    from the_pack.wan_core.sampling import Conditions, Guidance, make_schedule
+
+    shape = (1, 16, 2, 4, 4)
+
+    def run(model: object, on_step: object = None) -> torch.Tensor:
+        prompts = [TextCondition(torch.full((1, 3, 96), value)) for value in (0.1, 0.2)]
+        return sample(model, torch.zeros(shape), make_schedule("unipc", 4, 3.0),
+                      Conditions(prompts[:1], prompts[1:]), Guidance(3.0, 3.0), noise=initial_noise(shape, 1),
+                      on_step=on_step)
+
+    expected = run(load_experts(placement=HOST.placement("transformer")))
+    model = replace(load_experts(placement=HOST.placement("transformer")), plan=Plan(Layout(6, 2)))
+    model = HOST.with_room(model, 10**6)
+    sizes, entries = [], set()
+
+    def look(step: object) -> None:
+        sizes.append([entry.model.model_size() for entry in management.current_loaded_models][-1])
+        entries.add(id(model.placement.tenant.patcher))
+
+    found = {"swapped_run_is_the_same": torch.equal(run(model, look), expected)}
+    slots = model.placement.tenant.weights._pool.slots
+    blocks = sum(leaf.numel() * leaf.element_size() for leaf in model.get("low").blocks[0].parameters())
+    found["counts_slots_and_not_blocks"] = len(slots) == 2 and set(sizes) == {
+        model.low.resident_size(torch.float32, Layout(6, 2))} and sizes[0] < model.low.size(torch.float32) - 3 * blocks
+    found["experts_share_an_entry"] = len(entries) == 1
+    del slots
+
+    def evict(step: object) -> None:
+        if step.index == 1:
+            management.unload_all_models()
+
+    found["swapped_run_survives_unloading"] = torch.equal(run(HOST.with_room(model, 10**6), evict), expected)
+    management.unload_all_models()
+    found["slots_are_given_back"] = model.placement.tenant.weights.nbytes == 0 and not management.current_loaded_models
     return found
 
 
@@ -191,7 +237,7 @@ def list_facts() -> dict[str, bool]:
 
 def main() -> None:
     load_pack(*sys.argv[1:3])
-    sys.stdout.write(json.dumps({**placement_facts(), **agreement_facts(), **latent_facts(),
+    sys.stdout.write(json.dumps({**placement_facts(), **swap_facts(), **agreement_facts(), **latent_facts(),
                                  **preview_facts(), **list_facts()}) + "\n")
 
 

@@ -28,6 +28,7 @@ WIDGETS = {
     "WanCoreVaceModule": ["module", "module_low"],
     "WanCoreDecode": ["tile_size", "tile_overlap", "trim_latent"],
     "WanCoreSaveVideo": ["fps", "filename_prefix", "crf"],
+    "WanCoreMemory": ["budget_gb", "pinned_gb", "save_every"],
     "WanCoreLora": ["lora", "strength", "low_noise", "strength_low", "start_sigma", "end_sigma", "blocks",
                     "merge"],
 }
@@ -52,6 +53,7 @@ SOCKETS = {
     "WanCoreVaceModule": (["model WAN_MODEL"], ["WAN_MODEL"]),
     "WanCoreDecode": (["samples LATENT", "vae VAE"], ["IMAGE"]),
     "WanCoreSaveVideo": (["images IMAGE"], []),
+    "WanCoreMemory": (["model WAN_MODEL"], ["WAN_MODEL"]),
     "WanCoreLora": (["model WAN_MODEL", "lora_stack LORA_STACK"], ["WAN_MODEL", "STRING"]),
 }
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN")

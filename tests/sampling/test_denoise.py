@@ -53,6 +53,9 @@ class Experts:
     def state(self, name, sigma):
         return name
 
+    def recover(self, error, shape):
+        """Nothing could be done with less memory."""
+
     def get(self, name, sigma):
         self.got.append(name)
         return self._placement.place(self._parts[name], torch.float32)

@@ -2,15 +2,18 @@
 import json
 import os
 import struct
+import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from wan_core.weights import LoadError, open_weights
+from wan_core import nano
+from wan_core.weights import LoadError, open_model, open_weights, write_quantised
 from wan_core.weights.tensor_file import Joined
 
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
@@ -335,3 +338,39 @@ def test_damaged_torch_files(tmp_path):
         archive.writestr("readme.txt", "hello")
     with pytest.raises(LoadError, match="damaged, truncated or no PyTorch file"):
         open_weights(tmp_path / "y.pth")
+
+
+def test_files_are_never_opened_for_writing(tmp_path):
+    """Promise: read-only disks will do: from opening a file to the module that is filled, no file is opened for
+    writing, none is made, and the file's bytes, time and folder stay as they were."""
+    for name in ("model.safetensors", "model.gguf", "model.pth"):
+        file, _ = open_model(nano.T2V, "transformer")
+        path = tmp_path / name
+        if name.endswith(".gguf"):
+            write_quantised(file, "q8_0", path, lambda done, of: None)
+        elif name.endswith(".pth"):
+            torch.save(dict(file), path)
+        else:
+            path.write_bytes(nano.T2V.read_bytes())
+    script = (
+        "import os, sys\n"
+        "written = []\n"
+        "def watch(event, details):\n"
+        "    if event == 'open' and details[2] is not None and details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):\n"
+        "        written.append(str(details[0]))\n"
+        "    elif event in ('os.mkdir', 'os.rename', 'os.remove', 'os.truncate', 'os.utime'):\n"
+        "        written.append(event)\n"
+        "import torch\n"
+        "from wan_core.models import Part\n"
+        "sys.dont_write_bytecode = True\n"
+        "sys.addaudithook(watch)\n"
+        "for path in sys.argv[1:]:\n"
+        "    module = Part.open(path, 'transformer').build(torch.device('cpu'), torch.float32)\n"
+        "    sum(parameter.sum() for parameter in module.parameters())\n"
+        "assert not written, written\n"
+        "print('done')\n")
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
+    run = subprocess.run([sys.executable, "-B", "-c", script, *map(str, before)], capture_output=True, text=True,
+                         cwd=Path(__file__).parents[2], check=False)
+    assert run.stdout.strip() == "done", run.stderr
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()} == before

@@ -188,10 +188,11 @@ class WanTransformer(nn.Module):
         """
         check_backend(backend)
         grid = self._grid(inputs.latents)
-        time = time_rows(inputs.timestep, grid[0], grid[1] * grid[2])
+        # Which tokens share a timestep decides what is computed, so it is looked at on the host.
+        time = time_rows(inputs.timestep.cpu(), grid[0], grid[1] * grid[2])
         self._check(inputs)
         x = self._embed_patches(inputs.latents, self.patch_embedding)
-        time = time.map(lambda row: self.time_embedding(sinusoidal_embedding(row, self.spec.freq_dim)))
+        time = time.map(lambda row: self.time_embedding(sinusoidal_embedding(row, self.spec.freq_dim).to(x.device)))
         shared = Shared(time.map(lambda row: self.time_projection(row).unflatten(1, (6, -1))),
                         rope_table(grid, self.spec.dim // self.spec.num_heads, x.device), inputs.text, inputs.image,
                         backend, chunk)

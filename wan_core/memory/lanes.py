@@ -2,8 +2,8 @@
 
 A lane knows two kinds of work, copies and computing, and marks: points in either that the other can wait for. Whoever
 owns buffers on the device says which mark a copy has to wait for; a lane never waits by itself.
-Reference: CUDA programming guide, "Asynchronous Concurrent Execution"; PyTorch's `torch.Stream` and `torch.Event`,
-which are the same on CUDA, ROCm and XPU.
+Reference: CUDA programming guide, "Asynchronous Concurrent Execution"; PyTorch's `torch.cuda` and `torch.xpu`, whose
+streams and events are the same (ROCm has CUDA's).
 """
 
 from collections.abc import Callable, Sequence
@@ -66,38 +66,38 @@ class SecondStream:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.Stream(device)
+        self._device, self._backend = device, getattr(torch, device.type)
+        self._stream = self._backend.Stream(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="wan-copies")
-        self._pieces: list[tuple[Tensor, torch.Event]] = []
+        self._pieces: list[tuple[Tensor, object]] = []
         self._turn = 0
 
     def copy(self, copies: Callable[[], Copies], after: object | None) -> object:
         return self._thread.submit(self._copy, copies, after)
 
     def mark(self) -> object:
-        event = torch.Event(self._device)
-        event.record(torch.accelerator.current_stream(self._device))
+        event = self._backend.Event()
+        event.record(self._backend.current_stream(self._device))
         return event
 
     def wait(self, mark: object) -> None:
         event = mark.result() if isinstance(mark, Future) else mark
-        torch.accelerator.current_stream(self._device).wait_event(event)
+        self._backend.current_stream(self._device).wait_event(event)
 
     def finish(self) -> None:
         self._thread.submit(lambda: None).result()
         self._stream.synchronize()
 
-    def _copy(self, copies: Callable[[], Copies], after: torch.Event | None) -> torch.Event:
+    def _copy(self, copies: Callable[[], Copies], after: object | None) -> object:
         if after is not None:
             self._stream.wait_event(after)
-        with self._stream:
+        with self._backend.stream(self._stream):
             for source, target in copies():
                 if source.is_pinned():
                     target.copy_(source, non_blocking=True)
                 else:
                     self._copy_in_pieces(_bytes(source), _bytes(target))
-        done = torch.Event(self._device)
+        done = self._backend.Event()
         done.record(self._stream)
         return done
 
@@ -109,9 +109,9 @@ class SecondStream:
             goal.copy_(piece[:len(part)], non_blocking=True)
             free.record(self._stream)
 
-    def _next_piece(self) -> tuple[Tensor, torch.Event]:
+    def _next_piece(self) -> tuple[Tensor, object]:
         if len(self._pieces) < PIECES:
-            self._pieces.append((torch.empty(PIECE, dtype=torch.uint8, pin_memory=True), torch.Event(self._device)))
+            self._pieces.append((torch.empty(PIECE, dtype=torch.uint8, pin_memory=True), self._backend.Event()))
             return self._pieces[-1]
         self._turn += 1
         return self._pieces[self._turn % PIECES]

@@ -22,15 +22,18 @@ class Layout:
         if self.swapped < 0 or self.slots < 1 or self.pinned < 0:
             raise ValueError(f"{self} is no layout: expected swapped >= 0 blocks, slots >= 1 and pinned >= 0 bytes.")
 
-    def names(self, module: nn.Module) -> tuple[str, ...]:
-        """Names of the swapped blocks in `module`, which may be on the meta device.
+    def positions(self, count: int) -> tuple[int, ...]:
+        """Which of `count` blocks are swapped.
 
         They are spread evenly: while blocks that stay compute, the next swapped one has more time to arrive.
         """
+        swapped = min(self.swapped, count)
+        return tuple(index for index in range(count) if (index + 1) * swapped // count > index * swapped // count)
+
+    def names(self, module: nn.Module) -> tuple[str, ...]:
+        """Names of the swapped blocks in `module`, which may be on the meta device."""
         names = block_names(module)
-        swapped = min(self.swapped, len(names))
-        return tuple(name for index, name in enumerate(names)
-                     if (index + 1) * swapped // len(names) > index * swapped // len(names))
+        return tuple(names[index] for index in self.positions(len(names)))
 
 
 RESIDENT = Layout()

@@ -18,7 +18,7 @@ class Pinning:
 
     def __init__(self, device: torch.device, limit: int) -> None:
         # Only the CUDA runtime, and ROCm's under its name, can register memory that it did not make.
-        self._left = limit if device.type == "cuda" else 0
+        self._left, self._device = limit if device.type == "cuda" else 0, device
         self._taken: list[Tensor] = []
         weakref.finalize(self, _release, self._taken)
 
@@ -30,10 +30,20 @@ class Pinning:
         if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0)):
             log.warning("Wan: the driver pins no more host memory; other weights go through small pinned pieces.")
             self._left = 0
+            _forget_error(self._device)
             return None
         self._left -= nbytes
         self._taken.append(memory)
         return memory
+
+
+def _forget_error(device: torch.device) -> None:
+    """The runtime reports a refusal a second time, to whoever asks next; here it is asked for nothing."""
+    try:
+        torch.zeros(1, device=device).add_(1)
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        log.debug("the refusal to pin memory was reported again", exc_info=True)
 
 
 def _release(taken: list[Tensor]) -> None:

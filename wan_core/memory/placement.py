@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from .budget import free_device_memory
 from .layout import RESIDENT, Layout
 from .leaves import leaves
 from .pinning import Pinning
@@ -30,6 +31,9 @@ class Placement(Protocol):
     """Gives modules that are ready to run on `device`."""
 
     device: torch.device
+
+    def budget(self, wanted: int) -> int | None:
+        """Bytes that a run can have on the device, weights included, after an attempt to get `wanted`; None for all."""
 
     def place(self, part: Buildable, dtype: torch.dtype, layout: Layout = RESIDENT) -> nn.Module:
         """The module of `part`, ready to run; valid until the next call."""
@@ -57,6 +61,20 @@ class OneAtATime:
         self._held: Held | None = None
         self._expected: Held | None = None
         self._pool: Pool | None = None
+
+    def budget(self, wanted: int) -> int | None:
+        free = free_device_memory(self.device)
+        return None if free is None else free + self.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights and slots that are on the device now."""
+        slots = sum(slot.buffer.nbytes for slot in self._pool.slots) if self._pool else 0
+        return slots + (self._held.nbytes if self._held else 0)
+
+    def holds(self, part: Buildable, dtype: torch.dtype, layout: Layout = RESIDENT) -> bool:
+        """Whether `place` would have nothing to do."""
+        return self._held is not None and self._held.holds(part, dtype, layout)
 
     def place(self, part: Buildable, dtype: torch.dtype, layout: Layout = RESIDENT) -> nn.Module:
         if self._held and self._held.holds(part, dtype, layout):
@@ -121,6 +139,11 @@ class Held:
 
     def holds(self, part: Buildable, dtype: torch.dtype, layout: Layout) -> bool:
         return self._key[0] is part and self._key[1:] == (dtype, layout)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights that are on the device to stay."""
+        return sum(leaf.get().nbytes for leaf in leaves(self.module) if leaf.get().device == self._device)
 
     def settle(self) -> None:
         """Bring what is not swapped to the device."""

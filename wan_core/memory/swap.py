@@ -176,6 +176,10 @@ class BlockSwap:
 
     def _enter(self, block: nn.Module, _arguments: tuple) -> None:
         unit = self._units[block]
+        for slot in self.pool.slots:
+            # Hooks behind a block do not run where the program was interrupted from the keyboard.
+            if slot.bound:
+                self._end(slot)
         if self._last is not None:
             self._next[self._last] = unit
         self._last = unit
@@ -192,12 +196,15 @@ class BlockSwap:
             raise
 
     def _leave(self, block: nn.Module, _arguments: tuple, _output: object) -> None:
-        unit = self._units[block]
-        unit.unbind()
         for slot in self.pool.slots:
-            if slot.unit is unit and slot.bound:
-                self._turn += 1
-                slot.bound, slot.left, slot.turn = False, self.pool.lane.mark(), self._turn
+            if slot.bound and slot.unit is self._units[block]:
+                self._end(slot)
+
+    def _end(self, slot: Slot) -> None:
+        """The block in `slot` has computed, or will no more."""
+        slot.unit.unbind()
+        self._turn += 1
+        slot.bound, slot.left, slot.turn = False, self.pool.lane.mark(), self._turn
 
     def _hold(self, unit: Unit, kept: Sequence[Unit] = ()) -> Slot:
         """The slot that `unit` is in or on its way to; not one that is computed from, or that one of `kept` is in."""

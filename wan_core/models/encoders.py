@@ -1,34 +1,52 @@
 """The models around the transformer as values: text encoder, CLIP vision model, video VAE."""
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..memory import Placement, working_dtype
+from ..memory import RESIDENT, Layout, Memory, Placement, working_dtype
+from ..memory.recovery import is_out_of_memory, release
 from ..presets import CLIPVisionSpec, VAESpec
 from ..text import Tokenizer, UMT5Encoder, encode_prompts
 from ..vae import Tiling, WanVAE
 from ..vision import CLIPVision, preprocess
 from .part import Part
 
+log = logging.getLogger(__name__)
+
+# Sides of the VAE's tiles in pixels with which it is tried again when memory ran out.
+LARGEST_TILE, SMALLEST_TILE = 512, 64
+
 
 @dataclass(frozen=True, eq=False)
 class TextEncoder:
-    """A UMT5 encoder with its tokenizer."""
+    """A UMT5 encoder with its tokenizer; `layout` says where its blocks live."""
 
     part: Part
     tokenizer: Tokenizer
     placement: Placement
+    memory: Memory = Memory()
+    layout: Layout = RESIDENT
 
     def encode(self, prompts: Sequence[str], on_block: Callable[[int], None] | None = None) -> Tensor:
         """Embeddings [B, 512, dim] float32, zero past each prompt's end, on the placement's device."""
-        return encode_prompts(self.module(), self.tokenizer, prompts, self.part.spec.text_len, on_block=on_block)
+        def run(encoder: TextEncoder) -> Tensor:
+            return encode_prompts(encoder.module(), self.tokenizer, prompts, self.part.spec.text_len, on_block=on_block)
+
+        return recovering(self, run)
+
+    def leaner(self) -> "TextEncoder | None":
+        """A copy that needs less memory: with all blocks coming and going."""
+        swapped = replace(self.layout, swapped=self.part.spec.num_layers)
+        return None if self.layout == swapped else replace(self, layout=swapped)
 
     def module(self) -> UMT5Encoder:
         """The encoder, ready to run. It computes in float32 from weights kept as they are stored."""
-        return self.placement.place(self.part, self.part.stored_dtype)
+        return self.placement.place(self.part, self.part.stored_dtype, self.layout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +86,7 @@ class VideoVAE:
     placement: Placement
     dtype: str = "auto"
     tiling: Tiling | None = None
+    memory: Memory = Memory()
 
     def __post_init__(self) -> None:
         working_dtype(self.dtype, self.part.stored_dtype, self.placement.device)
@@ -83,9 +102,43 @@ class VideoVAE:
         return self.placement.place(self.part, working_dtype(self.dtype, self.part.stored_dtype, self.placement.device))
 
     def encode(self, video: Tensor, on_piece: Callable[[], None] | None = None) -> Tensor:
-        """Raw latents of video [B, 3, F, H, W] in [-1, 1]; see `WanVAE.encode`."""
-        return self.module().encode(video, tiling=self.tiling, on_piece=on_piece)
+        """Raw latents of video [B, 3, F, H, W] in [-1, 1]; see `WanVAE.encode`.
+
+        If memory runs out it is begun anew in smaller tiles, and so is `decode`.
+        """
+        return recovering(self, lambda vae: vae.module().encode(video, tiling=vae.tiling, on_piece=on_piece))
 
     def decode(self, latents: Tensor, out: Tensor | None = None, on_piece: Callable[[], None] | None = None) -> Tensor:
         """Video [B, 3, F, H, W] in [-1, 1] of raw latents; see `WanVAE.decode`."""
-        return self.module().decode(latents, out=out, tiling=self.tiling, on_piece=on_piece)
+        return recovering(self, lambda vae: vae.module().decode(latents, out=out, tiling=vae.tiling, on_piece=on_piece))
+
+    def leaner(self) -> "VideoVAE | None":
+        """A copy that needs less memory: with tiles, or smaller ones."""
+        side = 2 * LARGEST_TILE if self.tiling is None else min(self.tiling.height, self.tiling.width)
+        side = side // 2 // self.spec.spatial_stride * self.spec.spatial_stride
+        if side < SMALLEST_TILE:
+            return None
+        overlap = side // 8 // self.spec.spatial_stride * self.spec.spatial_stride
+        return replace(self, tiling=Tiling(side, side, max(self.spec.spatial_stride, overlap)))
+
+
+Handle = TypeVar("Handle", TextEncoder, VideoVAE)
+
+
+def recovering(handle: Handle, run: Callable[[Handle], Tensor]) -> Tensor:
+    """The result of `run`, begun anew with a leaner copy of the handle whenever memory runs out."""
+    while True:
+        try:
+            return run(handle)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            handle.placement.clear()
+            release(error, handle.placement.device)
+            leaner = handle.leaner()
+            if leaner is None:
+                raise
+            log.warning("Wan: out of memory; %s goes on with %s.", handle.part.label,
+                        f"tiles of {leaner.tiling.height} pixels" if isinstance(leaner, VideoVAE) else
+                        "its blocks coming and going")
+            handle = leaner

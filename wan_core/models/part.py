@@ -15,6 +15,9 @@ from ..weights import TensorFile, build_module, converted, human_size, load_modu
 # Tensors that stay in the dtype of the file: they are small, and computed in float32 whatever the rest runs in.
 _FLOAT32_ISLANDS = ("time_embedding.", "time_projection.", "head.", "norm", "modulation")
 
+# Of these a few rows are read; they stay on the host when blocks do.
+_TABLES = ("token_embedding",)
+
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -74,7 +77,8 @@ class Part:
     def build(self, device: torch.device, dtype: torch.dtype, layout: Layout = RESIDENT) -> nn.Module:
         """The module on `device`, its swapped blocks on the host, computing in `dtype`; its weights are the file's."""
         module = self.hollow()
-        return load_module(module, self.file, device=device, on_host=below(layout.names(module)),
+        swapped = layout.names(module)
+        return load_module(module, self.file, device=device, on_host=below((*swapped, *_TABLES) if swapped else ()),
                            dtype_for=lambda name, stored: self._kept_in(name, stored, dtype)).eval()
 
     def hollow(self) -> nn.Module:
@@ -83,9 +87,25 @@ class Part:
 
     def size(self, dtype: torch.dtype) -> int:
         """Bytes of the weights of the module that `build` makes."""
+        return sum(self.sizes(dtype).values())
+
+    def resident_size(self, dtype: torch.dtype, layout: Layout) -> int:
+        """Bytes of its weights on the device: those that stay there, and the slots of those that come and go."""
+        names = [f"{name}." for name in layout.names(self.hollow())]
+        swapped, resident = dict.fromkeys(names, 0), 0
+        for tensor, nbytes in self.sizes(dtype).items():
+            block = next((name for name in names if tensor.startswith(name)), None)
+            if block is not None:
+                swapped[block] += nbytes
+            elif not names or not tensor.startswith(_TABLES):
+                resident += nbytes
+        return resident + min(layout.slots, len(names)) * max(swapped.values(), default=0)
+
+    def sizes(self, dtype: torch.dtype) -> dict[str, int]:
+        """Bytes of each tensor of the module that `build` makes."""
         stored, shapes = self.file.dtypes(), self.file.shapes()
-        return sum(self.file.size(name) if name in self.file.quantised else
-                   math.prod(shapes[name]) * self._kept_in(name, stored[name], dtype).itemsize for name in shapes)
+        return {name: self.file.size(name) if name in self.file.quantised else
+                math.prod(shapes[name]) * self._kept_in(name, stored[name], dtype).itemsize for name in shapes}
 
     def _kept_in(self, name: str, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
         """The type of a tensor in a module that computes in `dtype`; for a quantised one, that of its numbers."""

@@ -1,5 +1,7 @@
 """A transformer, or a pair of experts, as a value: files, preset, and every option of how it runs."""
 
+import logging
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
@@ -7,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..dit import WanTransformer, check_backend
-from ..memory import Layout, Placement, Plan, working_dtype
+from ..memory import RESIDENT, Layout, Memory, Placement, Plan, working_dtype
+from ..memory.layout import block_names
+from ..memory.recovery import is_out_of_memory, release
 from ..presets import VAES, Preset, TransformerSpec, VAESpec
 from ..vae import LatentStats
 from ..weights import LoadError, human_size
@@ -16,14 +20,17 @@ from ..weights.linear import use_fp8_products
 from ..weights.lora import Lora, LoraFile, adapt, fold
 from .part import Part
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
     """A transformer, or a high- and a low-noise expert, with its preset and how to run it.
 
     `fp8_products` is "auto", "on" or "off": whether FP8 weights are multiplied in FP8, "auto" where the device is
-    faster at it. `folded` are LoRAs that are in the weights already. `plan` says where the weights live. Raises
-    ValueError for an unknown precision or attention backend, and for FP8 products on a device that has none.
+    faster at it. `folded` are LoRAs that are in the weights already. `plan` says where the weights live and how much is
+    worked on at a time; without one, a run makes one that keeps within `memory`. Raises ValueError for an unknown
+    precision or attention backend, and for FP8 products on a device that has none.
     """
 
     high: Part
@@ -35,7 +42,8 @@ class Model:
     loras: tuple[Lora, ...] = ()
     fp8_products: str = "auto"
     folded: tuple[Lora, ...] = ()
-    plan: Plan = Plan()
+    plan: Plan | None = None
+    memory: Memory = Memory()
 
     def __post_init__(self) -> None:
         check_backend(self.attention)
@@ -43,9 +51,14 @@ class Model:
         choose_fp8_products(self.fp8_products, self.placement.device)
 
     @property
+    def multiplies_in_fp8(self) -> bool:
+        """Whether FP8 weights are multiplied in FP8."""
+        return choose_fp8_products(self.fp8_products, self.placement.device)
+
+    @property
     def chunk(self) -> int | None:
         """How many tokens are worked on at a time, None for all."""
-        return self.plan.chunk
+        return self.plan.chunk if self.plan else None
 
     @property
     def boundary(self) -> float | None:
@@ -78,7 +91,7 @@ class Model:
         dtype = working_dtype(self.dtype, self.low.stored_dtype, self.placement.device)
         computed = str(dtype).removeprefix("torch.")
         stored = {form for part in parts.values() for form in part.file.quantised.values()}
-        if MULTIPLIED in stored and choose_fp8_products(self.fp8_products, self.placement.device):
+        if MULTIPLIED in stored and self.multiplies_in_fp8:
             computed += f", products of {MULTIPLIED} weights in FP8"
         files = [f"{expert}{part.summary()}, {human_size(part.size(dtype))} on the device"
                  for expert, part in parts.items()]
@@ -131,7 +144,7 @@ class Model:
     def get(self, name: str, sigma: float = 0.0) -> WanTransformer:
         """The expert, ready to run on the placement's device at a noise level; until the next call of any copy."""
         module = self.placement.place(*self._wanted(name))
-        use_fp8_products(module, choose_fp8_products(self.fp8_products, self.placement.device))
+        use_fp8_products(module, self.multiplies_in_fp8)
         if adapt(module, self.loras, name, sigma):
             self.placement.changed()
         return module
@@ -141,12 +154,35 @@ class Model:
         self.placement.expect(*self._wanted(name))
 
     def _wanted(self, name: str) -> tuple[Part, torch.dtype, Layout]:
-        part = self.high if name == "high" else self.low
-        return part, working_dtype(self.dtype, part.stored_dtype, self.placement.device), self.plan.layout
+        part, layout = self.high if name == "high" else self.low, self.plan.layout if self.plan else RESIDENT
+        return part, working_dtype(self.dtype, part.stored_dtype, self.placement.device), layout
 
     def state(self, name: str, sigma: float) -> Hashable:
         """Equal for noise levels at which `get` gives the same weights."""
         return name, tuple(lora.strength_at(name, sigma) for lora in self.loras)
+
+    def recover(self, error: Exception, shape: tuple[int, ...]) -> "Model | None":
+        """A copy that needs less memory, if memory ran out in a step on latents of `shape` [B, C, T, H, W].
+
+        Everything is taken off the device. The result is the same but for the rounding of products in smaller chunks.
+        None for any other `error`; raises torch.OutOfMemoryError, with what would help, where nothing is left to save.
+        """
+        if not is_out_of_memory(error):
+            return None
+        self.placement.clear()
+        release(error, self.placement.device)
+        blocks = len(block_names(self.low.hollow()))
+        tokens = math.prod(shape[2:]) // math.prod(self.spec.patch_size)
+        plan = (self.plan or Plan()).leaner(blocks, tokens)
+        if plan is None:
+            raise torch.OutOfMemoryError(
+                f"out of memory, and nothing is left to save: all {blocks} blocks of {self.preset.title} are swapped, "
+                f"and {min(tokens, self.chunk or tokens)} of {tokens} tokens are worked on at a time. Make fewer "
+                "frames or a smaller size, use weights in FP8 or GGUF, or end what else uses the device.") from error
+        log.warning("Wan: out of memory; the step is repeated. %d of %d blocks are now swapped, through %d slots, %d "
+                    "tokens at a time.", min(plan.layout.swapped, blocks), blocks, plan.layout.slots,
+                    min(tokens, plan.chunk or tokens))
+        return replace(self, plan=plan)
 
     def check_latents(self, latents: Tensor) -> None:
         """Raise ValueError unless `latents` [B, C, T, H, W] fit this model, before anything is loaded."""

@@ -1,6 +1,6 @@
 """From noise to latent: schedules, solvers, guidance and the denoising loop."""
 
-from .denoise import Conditions, Step, denoise
+from .denoise import Conditions, NotFinite, Progress, Step, denoise
 from .guidance import Guidance, classifier_free_guidance, needs_uncond
 from .schedules import (
     Schedule,
@@ -19,6 +19,8 @@ __all__ = [
     "DPMpp2M",
     "Euler",
     "Guidance",
+    "NotFinite",
+    "Progress",
     "Schedule",
     "Solver",
     "Step",

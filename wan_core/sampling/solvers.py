@@ -28,6 +28,7 @@ class Solver(ABC):
     """One run through a schedule, and what it remembers of its earlier steps; make a new one for every run.
 
     Subclasses say how many clean estimates they need from earlier steps (`remembers`) and how to advance one step.
+    What is remembered is replaced and never written to, so `copy.copy` of a solver is its state at that moment.
     """
 
     name: str
@@ -43,7 +44,8 @@ class Solver(ABC):
 
         velocity: the transformer's output for `sample`, same shape, any floating dtype. index: 0, 1, 2 ... in order.
         sample: fp32 latents at sigma[index], any shape. Returns new fp32 latents at sigma[index + 1]; neither argument
-        is written to. Raises ValueError for a step out of order or tensors that do not fit.
+        is written to. Raises ValueError for a step out of order or tensors that do not fit. A step that fails, for want
+        of memory too, leaves the solver as it was, and can be taken again.
         """
         self._check_step(velocity, index, sample)
         velocity = velocity.float()
@@ -91,7 +93,8 @@ class Solver(ABC):
 
     @abstractmethod
     def _advance(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
-        """The sample after step `index`; all arguments are checked, velocity is fp32."""
+        """The sample after step `index`; all arguments are checked, velocity is fp32. Nothing is remembered before all
+        is computed."""
 
     def _tensor_keys(self, index: int) -> list[str]:
         """What the state holds besides index and sigmas when `index` steps are done."""
@@ -162,9 +165,9 @@ class DPMpp2M(Solver):
 
     def _advance(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         clean = sample - self._sigmas[index] * velocity
-        previous = self._clean[0] if self._clean else None
+        advanced = self._predict(clean, self._clean[0] if self._clean else None, index, sample)
         self._remember(clean)
-        return self._predict(clean, previous, index, sample)
+        return advanced
 
 
 class UniPC(Solver):
@@ -184,10 +187,10 @@ class UniPC(Solver):
             corrected = sample.clone()
         else:
             corrected = self._correct(clean, index)
-        previous = self._clean[0] if self._clean else None
+        advanced = self._predict(clean, self._clean[0] if self._clean else None, index, corrected)
         self._remember(clean)
         self._last_sample = corrected
-        return self._predict(clean, previous, index, corrected)
+        return advanced
 
     def _correct(self, clean: Tensor, index: int) -> Tensor:
         """The step before this one again, now that the clean estimate at its end is known."""

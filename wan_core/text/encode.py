@@ -65,9 +65,9 @@ def _encode_ids(encoder: UMT5Encoder, ids: Tensor, mask: Tensor, on_block: Calla
     The encoder sees only as many columns as the longest prompt has tokens: padding is masked in its attention, so the
     result is that of the whole text_len, at a fraction of the work.
     """
-    device = encoder.token_embedding.weight.device
+    device = encoder.device
     longest = int(mask.sum(1).max())
-    embeddings = encoder(ids[:, :longest].to(device), mask[:, :longest].to(device), on_block)
+    embeddings = encoder(ids[:, :longest], mask[:, :longest], on_block)
     padded = embeddings.new_zeros(*ids.shape, embeddings.shape[-1])
     padded[:, :longest] = embeddings * mask[:, :longest, None].to(device)
     return padded

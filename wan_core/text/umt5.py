@@ -76,7 +76,8 @@ class UMT5Encoder(nn.Module):
         """
         self._check(ids, mask)
         length = ids.shape[1]
-        x = self.token_embedding(ids).float()
+        # The table of pieces, of which a few rows are read, may be on the host.
+        x = self.token_embedding(ids.to(self.token_embedding.weight.device)).to(self.device).float()
         visible = mask.to(x.device).bool()
         visible = None if bool(visible.all()) else visible[:, None, None, :]
         buckets = relative_buckets(length, self.spec.num_buckets, self.spec.max_distance).to(x.device)
@@ -84,9 +85,13 @@ class UMT5Encoder(nn.Module):
         for i, block in enumerate(self.blocks):
             if on_block is not None:
                 on_block(i)
-            bias = shared if shared is not None else additive_bias(block.pos_embedding(buckets), visible)
-            x = block(x, bias)
+            x = block(x, shared, buckets, visible)
         return self.norm(x)
+
+    @property
+    def device(self) -> torch.device:
+        """What the encoder computes on."""
+        return self.norm.weight.device
 
     def _check(self, ids: Tensor, mask: Tensor) -> None:
         if ids.ndim != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
@@ -112,8 +117,14 @@ class Block(nn.Module):
         if not spec.shared_pos:
             self.pos_embedding = RelativePositionBias(spec)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x: [B, L, dim] -> [B, L, dim]; bias: additive attention bias [1 or B, heads, L, L]."""
+    def forward(self, x: Tensor, bias: Tensor | None, buckets: Tensor, visible: Tensor | None) -> Tensor:
+        """x: [B, L, dim] -> [B, L, dim].
+
+        bias: additive attention bias [1 or B, heads, L, L] that all blocks share, or None: this block's own, of the
+        `buckets` of distances and the `visible` keys (see `additive_bias`).
+        """
+        if bias is None:
+            bias = additive_bias(self.pos_embedding(buckets), visible)
         x = x + self.attn(self.norm1(x), bias)
         return x + self.ffn(self.norm2(x))
 

@@ -92,7 +92,7 @@ class WanVAE(nn.Module):
         if len(tiles) > 1:
             out.zero_()
             # A tile composed on its own would differ from its neighbours, as attention sees the whole frame.
-            source, run = self._compose(latents), self._paint_piece
+            source, run = self.compose(latents), self._paint_piece
         for number, (row, column, weight) in enumerate(tiles, 1):
             stream = Stream()
             tile = source[..., row.start:row.stop, column.start:column.stop]
@@ -106,7 +106,7 @@ class WanVAE(nn.Module):
                 if number == len(tiles):
                     yield start, stop
 
-    def _compose(self, latents: Tensor) -> Tensor:
+    def compose(self, latents: Tensor) -> Tensor:
         """The decoder's features of a whole clip, on the host, where they take at most half of the frames' room."""
         def run(z: Tensor, stream: Stream) -> Tensor:
             features = self.decoder.compose(self.conv2(channels_last(z), stream), stream)

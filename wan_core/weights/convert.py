@@ -97,8 +97,13 @@ class Conversion:
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.target.layout(self.shape).values())
 
     def read(self, read: Callable[[str], Tensor | Quantised]) -> Quantised:
-        """The quantised weight, from a function that gives the one in the file."""
-        return Quantised(self.target.scheme, self.shape, self.target.parts(dense(read(self.name), torch.float32)))
+        """The quantised weight, from a function that gives the one in the file; without numbers where that has none."""
+        weight = read(self.name)
+        if isinstance(weight, Tensor) and weight.is_meta:
+            layout = self.target.layout(self.shape)
+            return Quantised(self.target.scheme, self.shape, {
+                part: torch.empty(shape, dtype=dtype, device="meta") for part, (dtype, shape) in layout.items()})
+        return Quantised(self.target.scheme, self.shape, self.target.parts(dense(weight, torch.float32)))
 
 
 def converted(file: TensorFile, form: str, in_file: bool = False) -> TensorFile:

@@ -54,7 +54,7 @@ def fp8_product(x: Tensor, weight: Quantised, bias: Tensor | None, dtype: torch.
     codes = weight.parts["codes"].view(torch.float8_e4m3fn)
     scale = weight.parts.get("scale")
     scale = torch.ones((), device=x.device) if scale is None else scale.float()
-    by_row = x.device.type == "cpu" or torch.cuda.get_device_capability(x.device) >= _HOPPER
+    by_row = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= _HOPPER
     if by_row:
         peak = rows.abs().amax(1, keepdim=True).float()
         scale = scale.reshape(1, -1).expand(1, codes.shape[0]).contiguous()

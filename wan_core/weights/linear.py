@@ -55,9 +55,14 @@ class QuantisedEmbedding(nn.Module):
         self.dtype = dtype
         self._stored = _Stored(weight)
 
+    @property
+    def weight(self) -> Quantised:
+        """The table as it is kept."""
+        return self._stored.weight
+
     def forward(self, index: Tensor) -> Tensor:
-        """index [...] -> [..., columns]."""
-        return self._stored.weight.rows(index.to(self._stored.device), self.dtype)
+        """index [...], on the table's device -> [..., columns]."""
+        return self.weight.rows(index, self.dtype)
 
 
 class _Stored(nn.Module):

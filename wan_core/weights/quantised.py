@@ -53,6 +53,11 @@ class Quantised:
         """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts.values())
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        return next(iter(self.parts.values())).device
+
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The numbers, of `shape` and in `dtype`, on the device of the parts."""
         return self.scheme.dequantise(self.parts, dtype).view(self.shape)
@@ -65,7 +70,8 @@ class Quantised:
     def check(self) -> None:
         """Raise ValueError if one of the float32 or half-precision parts, the scales, holds NaN or infinity."""
         for name, part in self.parts.items():
-            if name != "codes" and part.dtype.is_floating_point and not part.float().isfinite().all():
+            scales = name != "codes" and part.dtype.is_floating_point and not part.is_meta
+            if scales and not part.float().isfinite().all():
                 raise ValueError(f"its {name.replace('_', ' ')} holds NaN or infinite values")
 
     def to(self, device: torch.device | str) -> "Quantised":

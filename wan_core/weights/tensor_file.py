@@ -67,8 +67,9 @@ class Changed:
     change: Callable[[Tensor], Tensor]
 
     def read(self, read: Callable[[str], Tensor | Quantised]) -> Tensor:
-        """The tensor, from a function that gives the one in the file."""
-        return self.change(read(self.name))
+        """The tensor, from a function that gives the one in the file; one without numbers stays as it is."""
+        tensor = read(self.name)
+        return tensor if tensor.is_meta else self.change(tensor)
 
 
 class Kept(NamedTuple):
@@ -119,13 +120,16 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
     Taking a tensor reads nothing; its bytes are read when they are used. Tensors stay valid after `close`. Weights of a
     quantised format come as `Quantised`; `quantised` gives the names of their formats, and `dtypes` the type that they
     are meant to be computed in. `made` are the names of those that are computed from others whenever they are read.
+    `sources` are the files that the tensors come from, as they lay on the disk: name, bytes, time of change in ns.
     """
 
     def __init__(self, path: Path, format: str, metadata: dict[str, str], dtypes: dict[str, torch.dtype],
                  shapes: dict[str, tuple[int, ...]], read: Callable[[str, Device], Tensor | Quantised],
                  kept: "Mapping[str, Kept] | None" = None):
         self.path, self.format, self.metadata = path, format, metadata
-        self.nbytes = path.stat().st_size
+        state = path.stat()
+        self.nbytes = state.st_size
+        self.sources: tuple[tuple[str, int, int], ...] = ((path.name, state.st_size, state.st_mtime_ns),)
         self.header_values: Mapping[str, Value] = MappingProxyType({})
         self.made: frozenset[str] = frozenset()
         self._dtypes, self._shapes, self._read = dtypes, shapes, read
@@ -202,7 +206,7 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
             return read(old, device) if isinstance(old, str) else old.read(lambda source: read(source, device))
 
         renamed = TensorFile(self.path, self.format, self.metadata, dtypes, shapes, read_new, kept)
-        renamed.nbytes, renamed.header_values = self.nbytes, self.header_values
+        renamed.nbytes, renamed.header_values, renamed.sources = self.nbytes, self.header_values, self.sources
         renamed.made = frozenset(new for new, old in mapping.items() if (
             old in self.made if isinstance(old, str) else
             not isinstance(old, Parts) and not (isinstance(old, Joined) and old.is_plain)))
@@ -215,6 +219,7 @@ class TensorFile(Mapping[str, Tensor | Quantised]):
                           lambda name, device: (other if name in other else self).read(name, device),
                           {**self._kept, **other._kept})
         both.nbytes, both.header_values = self.nbytes + other.nbytes, self.header_values
+        both.sources = self.sources + other.sources
         both.made = self.made - set(other) | other.made
         return both
 
@@ -281,6 +286,7 @@ def _open_sharded(path: Path) -> TensorFile:
     whole = TensorFile(path, "safetensors", metadata, dtypes, shapes,
                        lambda name, device: shards[index[name]].read(name, device))
     whole.nbytes = sum(part.nbytes for part in shards.values())
+    whole.sources += tuple(source for part in shards.values() for source in part.sources)
     return whole
 
 

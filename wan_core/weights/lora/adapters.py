@@ -40,6 +40,13 @@ class Adapter(ABC):
         """The same adapter with its tensors on another device or in another floating-point type."""
         return self.map(lambda tensor: tensor.to(device=device, dtype=dtype))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        sizes = []
+        self.map(lambda tensor: sizes.append(tensor.nbytes) or tensor)
+        return sum(sizes)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "Adapter":
         """The same adapter with `change` of its tensors, which are visited in a fixed order."""
         def changed(value: object) -> object:
