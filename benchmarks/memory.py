@@ -4,18 +4,18 @@
     python benchmarks/memory.py --device cpu --out memory.json   # small, under 2 minutes, and predictions of full size
     python benchmarks/memory.py --only bf16 vae --out memory.json
 
-Weights are random; their numbers repeat, but every tensor on the device and in pinned memory has its full size.
+Weights are random; their numbers repeat, but every tensor on the device and in pinned memory has its full size. With
+too little host memory for all blocks (28 GB in bfloat16) fewer are pinned, which the table says.
 A guided step is one of the sampling loop, two passes through the transformer; the first one warms up and does not
-count, of several others the shortest does; on a CPU it is the processor's time. Memory is what PyTorch's allocator has given out at its peak, weights
-included; on a CPU, what tensors took. "Limit" is the time in which the swapped blocks' bytes can come from pinned
-memory, or, where it is longer, that of a step with all blocks resident. Copies do not overlap on a CPU, so the goals
-for time count on a GPU alone. Every line is in the file --out as soon as it is measured. Every case but `runs` needs
-host memory for the pinned blocks (28 GB in bfloat16), or fewer of them are pinned, which the table says.
+count, of several others the shortest does. On a CPU, which may be shared, time is the processor's. Memory is what
+PyTorch's allocator has given out at its peak, weights included; on a CPU, what tensors took. "Limit" is the time in
+which the swapped blocks' bytes can come from pinned memory or, where it is longer, that of a step with all blocks
+resident. Copies do not overlap on a CPU, so the goals for time count on a GPU alone. Every line is in the file --out as
+soon as it is measured.
 """
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import tempfile
@@ -29,14 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.shared import (  # noqa: E402
-    best_device,
-    host_mb,
-    machine,
-    median_time,
-    random_part,
-    synchronise,
-)
+from benchmarks.shared import Report, best_device, host_mb, median_time, random_part, synchronise  # noqa: E402
 from wan_core import load_model, load_text_encoder, load_vae  # noqa: E402
 from wan_core.conditioning import TextCondition  # noqa: E402
 from wan_core.forecast import fitted, needs, operations  # noqa: E402
@@ -92,7 +85,7 @@ SMALL = Scale(
     TransformerSpec(model_type="t2v", dim=256, ffn_dim=704, num_heads=2, num_layers=8), torch.float32,
     (Clip("1,280 tokens", (1, 16, 5, 32, 32), 1), Clip("2,000 tokens", (1, 16, 5, 40, 40), 1)),
     Clip("256 tokens", (1, 16, 1, 32, 32), 1), 512,
-    replace(VAES["wan21_vae"], dim=32, decoder_dim=32), (1, 16, 3, 32, 32), 0.2, 1 << 23)
+    replace(VAES["wan21_vae"], dim=16, decoder_dim=16), (1, 16, 3, 32, 32), 0.08, 1 << 23)
 
 
 class NeverLeaner(Model):
@@ -109,13 +102,18 @@ class Bench:
     scale: Scale
     device: torch.device
     folder: Path
-    report: "Report"
+    report: Report
     memory: Memory
     deadline: float
 
     @property
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    def clock(self) -> float:
+        """Seconds from some moment on; on a CPU, which may be shared, of work."""
+        synchronise(self.device)
+        return time.perf_counter() if self.is_gpu else time.process_time()
 
     @property
     def dense(self) -> str:
@@ -128,37 +126,6 @@ class Bench:
                            device=self.device)
         return NeverLeaner(part, part, PRESETS["wan21_t2v_14b"], OneAtATime(self.device),
                            str(scale.dtype).removeprefix("torch."), memory=self.memory, **options)
-
-
-class Report:
-    """Prints each result as a line of a table and writes all of them to a file at once."""
-
-    def __init__(self, path: Path | None, device: torch.device, scale: str) -> None:
-        self._path = path
-        self._content = {"scale": scale, "machine": machine(device), "results": []}
-        print(json.dumps(self._content["machine"]))
-        print("\n| case | measured | ours | goal | |\n|---|---|---|---|---|", flush=True)
-
-    def add(self, case: str, what: str, value: float, goal: tuple[float, float] | None = None, **facts: object) -> None:
-        """One number; `goal` is the least and the most that it may be."""
-        met = None if goal is None else goal[0] <= value <= goal[1]
-        self._content["results"].append({"case": case, "what": what, "value": value, "goal": goal, "met": met, **facts})
-        wanted = "" if goal is None else f"<= {goal[1]:g}" if goal[0] <= 0 else f"{goal[0]:g} to {goal[1]:g}"
-        word = {None: "", True: "met", False: "**not met**"}[met]
-        beside = ", ".join(f"{name} {fact:.4g}" if isinstance(fact, float) else f"{name} {fact}"
-                           for name, fact in facts.items())
-        print(f"| {case} | {what} | {value:.4g}{f' ({beside})' if beside else ''} | {wanted} | {word} |", flush=True)
-        self._write()
-
-    def note(self, case: str, text: str) -> None:
-        """Something that could not be measured, and why."""
-        self._content["results"].append({"case": case, "note": text})
-        print(f"| {case} | {text} | | | |", flush=True)
-        self._write()
-
-    def _write(self) -> None:
-        if self._path:
-            self._path.write_text(json.dumps(self._content, indent=1) + "\n")
 
 
 def main() -> None:
@@ -250,14 +217,11 @@ def steps_of(bench: Bench, model: Model, clip: Clip, case: str) -> float | None:
         bench.report.note(case, f"does not fit: needs {predicted / GB:.1f} GB of {room / GB:.1f}")
         return None
     times: list[float] = []
-    # A CPU may be shared, and waits for nothing in between.
-    clock = time.perf_counter if bench.is_gpu else time.process_time
     noise, conditions = torch.randn(clip.shape), Conditions(branches[:1], branches[1:])
 
     def run(count: int) -> None:
         def on_step(_step: Step) -> None:
-            synchronise(bench.device)
-            times.append(clock())
+            times.append(bench.clock())
 
         denoise(model, noise, make_schedule("unipc", count, 5.0), conditions, Guidance(5.0, 5.0), device=bench.device,
                 on_step=on_step)
@@ -332,10 +296,9 @@ def vae_decode(bench: Bench) -> None:
     out = vae.module().frame_buffer(latents)
     if bench.is_gpu:
         torch.cuda.reset_peak_memory_stats(bench.device)
-    began = time.perf_counter()
+    began = bench.clock()
     vae.decode(latents, out=out)
-    synchronise(bench.device)
-    seconds = time.perf_counter() - began
+    seconds = bench.clock() - began
     if bench.is_gpu:
         peak = torch.cuda.max_memory_allocated(bench.device)
     else:

@@ -1,4 +1,4 @@
-"""What benchmarks share: which machine they run on, how time and memory are read, and random weights of any size.
+"""What benchmarks share: a table of results and the machine they hold for, time and memory, and random weights.
 
 Random weights are pieces of one mapped file of random numbers, each tensor at another place of it. So a full-size model
 is there in seconds and takes half a gigabyte of disk, while everything that is made of it, on a device or in pinned
@@ -6,6 +6,7 @@ memory, has its full size.
 """
 
 import itertools
+import json
 import statistics
 import subprocess
 import time
@@ -24,6 +25,37 @@ from wan_core.weights.tensor_file import Kept
 # Standard deviation of random weights, with which activations neither vanish nor overflow, and that of FP8 codes.
 SPREAD, CODES_SPREAD = 0.02, 64.0
 FP8 = Scaled(torch.float8_e4m3fn)
+
+
+class Report:
+    """Prints each result as a line of a table and writes all of them to a file at once."""
+
+    def __init__(self, path: Path | None, device: torch.device, scale: str) -> None:
+        self._path = path
+        self._content = {"scale": scale, "machine": machine(device), "results": []}
+        print(json.dumps(self._content["machine"]))
+        print("\n| case | measured | ours | goal | |\n|---|---|---|---|---|", flush=True)
+
+    def add(self, case: str, what: str, value: float, goal: tuple[float, float] | None = None, **facts: object) -> None:
+        """One number; `goal` is the least and the most that it may be."""
+        met = None if goal is None else goal[0] <= value <= goal[1]
+        self._content["results"].append({"case": case, "what": what, "value": value, "goal": goal, "met": met, **facts})
+        wanted = "" if goal is None else f"<= {goal[1]:g}" if goal[0] <= 0 else f"{goal[0]:g} to {goal[1]:g}"
+        word = {None: "", True: "met", False: "**not met**"}[met]
+        beside = ", ".join(f"{name} {fact:.4g}" if isinstance(fact, float) else f"{name} {fact}"
+                           for name, fact in facts.items())
+        print(f"| {case} | {what} | {value:.4g}{f' ({beside})' if beside else ''} | {wanted} | {word} |", flush=True)
+        self._write()
+
+    def note(self, case: str, text: str) -> None:
+        """Something that could not be measured, and why."""
+        self._content["results"].append({"case": case, "note": text})
+        print(f"| {case} | {text} | | | |", flush=True)
+        self._write()
+
+    def _write(self) -> None:
+        if self._path:
+            self._path.write_text(json.dumps(self._content, indent=1) + "\n")
 
 
 def best_device() -> str:

@@ -160,7 +160,7 @@ class WanCoreTextEncoderLoader:
         }}
 
     @classmethod
-    def IS_CHANGED(cls, text_encoder: str) -> str:
+    def IS_CHANGED(cls, text_encoder: str, **_others: object) -> str:
         return HOST.fingerprint("text_encoders", text_encoder)
 
     def load(self, text_encoder: str, node_id: str | None = None) -> tuple[ComfyTextEncoder]:
@@ -228,7 +228,7 @@ class WanCoreVAELoader:
             "tile_size": ("INT", {
                 "default": 0, "min": 0, "max": 4096, "step": 32,
                 "tooltip": "Side of the tiles in pixels, in which the picture is decoded and encoded to save memory. "
-                           "0: the whole picture at once."}),
+                           "0: the whole picture at once if there is room, else the largest tiles that fit."}),
             "tile_overlap": ("INT", {
                 "default": 64, "min": 8, "max": 1024, "step": 8,
                 "tooltip": "Pixels that neighbouring tiles share and blend, at most half a tile. Counts only with a "

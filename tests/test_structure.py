@@ -40,11 +40,11 @@ MAY_IMPORT = {
                  "video", "vision", "visuals", "weights"},
     "visuals": {"conditioning", "models"},
     "checkpoint": {"memory", "models", "sampling", "weights"},
-    "forecast": {"conditioning", "dit", "memory", "models", "vae", "weights"},
+    "forecast": {"conditioning", "dit", "memory", "models", "presets", "vae", "weights"},
     "pipeline": {"checkpoint", "conditioning", "forecast", "memory", "models", "nano", "presets", "sampling", "video",
                  "visuals"},
     "__init__": {"checkpoint", "models", "pipeline", "visuals", "weights"},
-    "__main__": {"checkpoint", "conditioning", "dit", "memory", "models", "pipeline", "presets", "sampling",
+    "__main__": {"checkpoint", "conditioning", "dit", "forecast", "memory", "models", "pipeline", "presets", "sampling",
                  "training", "vae", "video", "visuals", "weights"},
 }
 

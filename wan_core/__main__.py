@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .checkpoint import Checkpoints
 from .conditioning import FITS
 from .dit import BACKENDS
+from .forecast import official_peaks
 from .memory import Memory, OneAtATime, working_dtype
 from .models import (
     NANO,
@@ -249,6 +250,14 @@ def _inspect(options: argparse.Namespace) -> None:
     if report.complete and report.recognition.kind in ("transformer", "vae", "text_encoder", "clip_vision"):
         memory = _memory(Part.open(options.file, report.recognition.kind))
     print(format_report(report, memory))
+    if memory is not None and report.recognition.kind == "transformer" and report.recognition.names:
+        preset = PRESETS[report.recognition.names[0]]
+        part, official = Part.open(options.file, "transformer"), preset.sampling
+        half = working_dtype("auto", part.stored_dtype, torch.device("cuda"))
+        size = f"{official.width}x{official.height}, {official.frames} frames"
+        print(f"  memory of a run on a GPU: {preset.title}, {size}")
+        for choice, peak in official_peaks(part, preset, str(half).removeprefix("torch.")).items():
+            print(f"    {choice:<20} {human_size(peak)}")
 
 
 def _memory(part: Part) -> dict[str, int]:

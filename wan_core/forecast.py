@@ -14,15 +14,16 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from .conditioning import TextCondition
+from .conditioning import Condition, ImageChannels, ImageTokens, TextCondition, VaceCondition
 from .dit import ModelInputs, WanTransformer
-from .memory import RESIDENT, Layout, Plan, working_dtype
+from .memory import RESIDENT, Layout, OneAtATime, Plan, working_dtype
 from .memory.budget import GB
 from .memory.layout import block_names
 from .memory.meter import FusedAttention, MemoryMeter
-from .memory.plan import SMALLEST_CHUNK, Need, choose, lost_share
+from .memory.plan import CHUNK, SMALLEST_CHUNK, Need, choose, lost_share
 from .memory.rates import measured_rates
 from .models import Model, Part, TextEncoder, VideoVAE
+from .presets import VAES, Preset
 from .vae import Tiling
 from .weights import human_size
 from .weights.linear import use_fp8_products
@@ -206,6 +207,25 @@ def vae_working(vae: VideoVAE, shape: tuple[int, ...], encode: bool = False) -> 
             if tiling:
                 module.compose(whole)
     return meter.peak
+
+
+def official_peaks(part: Part, preset: Preset, dtype: str) -> dict[str, int]:
+    """The most that a run of the preset's official size has on the device, in bytes: "all blocks stay", and "every
+    block swapped", with the longest prompt and everything beside it that the model takes."""
+    spec, vae, official = part.spec, VAES[preset.vae], preset.sampling
+    shape = (1, vae.z_dim, 1 + (official.frames - 1) // vae.temporal_stride, official.height // vae.spatial_stride,
+             official.width // vae.spatial_stride)
+    beside: list[Condition] = []
+    if spec.in_dim > vae.z_dim:
+        beside.append(ImageChannels.nothing_known(spec, shape))
+    if spec.image_dim:
+        beside.append(ImageTokens(torch.zeros(1, spec.image_tokens, spec.image_dim)))
+    if spec.vace_layers:
+        beside.append(VaceCondition(torch.zeros(1, spec.vace_in_dim, *shape[2:])))
+    prompt = TextCondition(torch.ones(1, spec.text_len, spec.text_dim), beside=tuple(beside))
+    need = needs(Model(part, part, preset, OneAtATime("cpu"), dtype), shape, [prompt])
+    swapped = Plan(Layout(len(need.blocks)), CHUNK if need.tokens > CHUNK else None)
+    return {"all blocks stay": need.peak(Plan()), "every block swapped": need.peak(swapped)}
 
 
 def operations(model: Model, shape: tuple[int, ...]) -> float:

@@ -5,12 +5,15 @@ sees none of the files, packs and settings of the ComfyUI checkout that it runs 
 exception: model folders named in an extra_model_paths.yaml of the checkout, which ComfyUI always reads.)
 """
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from tests.comfy.client import ComfyClient
 
@@ -110,6 +113,13 @@ class ComfyServer:
         """Process id of the running server."""
         return self._process.pid
 
+    def resident_mb(self) -> float:
+        """Resident memory of the server in MB; the test is skipped where /proc does not tell."""
+        status = Path(f"/proc/{self.pid}/status")
+        if not status.exists():
+            pytest.skip("no /proc to read the server's memory from")
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status.read_text())[1]) / 1000
+
     def saved_path(self, file: dict[str, str]) -> Path:
         """Where an output file that a node showed (see ``Run.saved_files``) lies."""
         return self.output_folder / file["subfolder"] / file["filename"]
@@ -190,3 +200,9 @@ class ComfyServer:
             self._process.wait()
         self._process.stdin.close()
         self._process = None
+
+
+def wait_until(condition, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)

@@ -3,14 +3,13 @@
 import json
 import re
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.comfy.client import ComfyClient, PromptRejected
 from tests.comfy.graphs import CLIP, DECODE, MODEL, SAMPLER, SAVE, TEXT, VAE, nano_prompt, with_nodes
-from tests.comfy.server import PACK_NAME
+from tests.comfy.server import PACK_NAME, wait_until
 from tests.weights.lora.lora_files import low_rank_file
 from wan_core import nano
 from wan_core.training.score import score
@@ -157,7 +156,7 @@ def test_second_run_reads_and_keeps_nothing(comfy_server, client, pack_folder):
     """Promise: further runs of a graph read no weights and let the server's memory grow by no more than 40 MB."""
     def run_with(seed):
         assert client.run(nano_prompt(pack_folder, n6={"steps": 3, "seed": seed})).status == "success"
-        return memory(comfy_server.pid), len(READING.findall(comfy_server.log()))
+        return comfy_server.resident_mb(), len(READING.findall(comfy_server.log()))
 
     run_with(1000)
     first_memory, first_reads = run_with(1001)
@@ -213,17 +212,3 @@ def test_templates_and_help_are_served(client, pack_folder):
     for page in (pack_folder / "web" / "docs").glob("*.md"):
         served = client.fetch(f"/extensions/{PACK_NAME}/docs/{page.name}")
         assert served.decode() == page.read_text(encoding="utf-8")
-
-
-def memory(pid: int) -> float:
-    """Resident memory of a process in MB; the test is skipped where /proc does not tell."""
-    status = Path(f"/proc/{pid}/status")
-    if not status.exists():
-        pytest.skip("no /proc to read the server's memory from")
-    return int(re.search(r"VmRSS:\s+(\d+) kB", status.read_text())[1]) / 1000
-
-
-def wait_until(condition, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
