@@ -324,6 +324,10 @@ class ManagedPlacement:
         management.free_memory(wanted - own + management.extra_reserved_memory(), self.device, keep_loaded=kept)
         return int(management.get_free_memory(self.device)) + own - management.extra_reserved_memory()
 
+    def layout_of(self, part: Part) -> Layout | None:
+        """See `Placement.layout_of`."""
+        return self.tenant.weights.layout_of(part)
+
     def place(self, part: Part, dtype: torch.dtype, layout: Layout = RESIDENT) -> nn.Module:
         """See `Placement.place`."""
         tenant, key = self.tenant, (dtype, layout)

@@ -27,6 +27,8 @@ from .latent import MADE_FOR
 
 log = logging.getLogger(__name__)
 
+KEPT_RUNS = 5
+
 
 @dataclass(frozen=True)
 class Widgets:
@@ -235,5 +237,7 @@ def _preview(previewer: Callable[[Tensor], Preview] | None, step: Step) -> Previ
 
 
 def _checkpoints(model: Model) -> Checkpoints | None:
-    """Where a run is saved while it goes on, unless the user wants none."""
-    return Checkpoints(HOST.checkpoints_folder(), model.memory.save_every) if model.memory.save_every else None
+    """Where a run is saved while it goes on, unless the user wants none. Few runs that were stopped are taken up."""
+    if not model.memory.save_every:
+        return None
+    return Checkpoints(HOST.checkpoints_folder(), model.memory.save_every, keep=KEPT_RUNS)

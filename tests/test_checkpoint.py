@@ -17,11 +17,12 @@ from torch import Tensor
 from tests.small_models import write_halves, write_transformer
 from tests.tiny_runs import SPEC, tiny_model, tiny_run, write_tiny
 from wan_core import Checkpoints, load_model, load_text_encoder, load_vae, open_lora
+from wan_core.checkpoint import SavedRun
 from wan_core.dit import BACKENDS
 from wan_core.memory import Layout, OneAtATime, Plan
 from wan_core.models import VideoVAE, add_vace
 from wan_core.pipeline import generate
-from wan_core.sampling import Guidance
+from wan_core.sampling import Guidance, make_schedule
 from wan_core.weights import save_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -382,3 +383,18 @@ def test_the_digest_is_the_same_tomorrow(folder, tmp_path):
     names = {stopped(other, Checkpoints(tmp_path / str(index))).name for index, other in enumerate(
         (model, tiny_model(folder, "pair"), replace(model, plan=Plan(Layout(1), chunk=4))))}
     assert len(names) == 1
+
+
+def test_only_the_latest_stopped_runs_are_kept(tmp_path):
+    """Promise: where a limit is set, the oldest files of other runs go, and nothing else in the folder."""
+    for age in range(6):
+        file = tmp_path / f"wan-{age:016}.safetensors"
+        file.write_bytes(b"x")
+        os.utime(file, (1000 - age, 1000 - age))
+    (tmp_path / "mine.safetensors").write_bytes(b"x")
+    schedule = make_schedule("unipc", 2, 3.0)
+    SavedRun(Checkpoints(tmp_path), {"a": "b"}, schedule, "unipc")
+    assert len(list(tmp_path.iterdir())) == 7
+    SavedRun(Checkpoints(tmp_path, keep=2), {"a": "b"}, schedule, "unipc")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "mine.safetensors", *(f"wan-{age:016}.safetensors" for age in range(2))}

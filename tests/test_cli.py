@@ -435,8 +435,8 @@ def test_inspect_says_what_memory_is_needed(tmp_path, capsys):
     assert re.search(r"\n    self_attn +24 float32, 24 Q4_0\n", out) or re.search(
         r"\n    self_attn +24 Q4_0, 24 float32\n", out)
     assert re.search(r"memory of the weights on a GPU\n    as stored +1\.\d\d MB\n", out)
-    peaks = re.search(r"memory of a run on a GPU: Nano T2V, 64x64, 17 frames\n    all blocks stay +([\d.]+) MB\n    every "
-                      r"block swapped +([\d.]+) MB\n$", out)
+    peaks = re.search(r"memory of a run on a GPU: Nano T2V, 64x64, 17 frames\n    all blocks stay +([\d.]+) MB\n"
+                      r"    every block swapped +([\d.]+) MB\n$", out)
     assert 1 < float(peaks[2]) < float(peaks[1]) < 3
 
 

@@ -159,6 +159,18 @@ def test_the_cheapest_plan_is_chosen():
     assert choose(need, 45, 0) == Plan(Layout(8, 1, 0), 512) and choose(need, 44, 0) is None
 
 
+def test_a_layout_that_is_there_is_kept_if_it_is_nearly_as_good():
+    """Promise: a model that lies on the device is not read anew for a block or two, but for more it is, and where what
+    is there does not fit any more."""
+    need = Need((10,) * 8, 5, 100, lambda chunk: 50)
+    budget = need.peak(Plan(Layout(5)))
+    assert choose(need, budget, 0) == Plan(Layout(5))
+    for swapped in (6, 7):
+        assert choose(need, budget, 0, Layout(swapped)) == Plan(Layout(swapped))
+    assert choose(need, budget, 0, Layout(8)) == choose(need, budget, 0, Layout(4)) == Plan(Layout(5))
+    assert Layout(3, pinned=1) == Layout(3, pinned=2)
+
+
 def test_time_lost_to_copies():
     """Promise: nothing where computing takes longer than the copies; the rest of the copies' time where it does not;
     all of it with one slot."""

@@ -41,13 +41,14 @@ ABANDONED = 24 * 3600
 class Checkpoints:
     """Save a run in `folder` after each `every` steps, and go on from what an equal run has saved there.
 
-    `resume` is the file of one run that is to go on, wherever it lies; it is only read. Raises ValueError for an
-    interval below 1, and where there is no such file.
+    `resume` is the file of one run that is to go on, wherever it lies; it is only read. Of other runs the latest `keep`
+    files stay, all for None. Raises ValueError for an interval below 1, and where there is no such file.
     """
 
     folder: str | Path
     every: int = 1
     resume: str | Path | None = None
+    keep: int | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -70,6 +71,10 @@ class SavedRun:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         self.path = folder / f"wan-{digest[:16]}.safetensors"
         self._failed = False
+        others = [path for path in folder.glob("wan-*.safetensors") if path != self.path]
+        if checkpoints.keep is not None:
+            for old in sorted(others, key=_last_change, reverse=True)[checkpoints.keep:]:
+                old.unlink(missing_ok=True)
         for left in folder.glob(".wan-*.safetensors.*.tmp"):
             _take_away(left, is_own=left.name.startswith(f".{self.path.name}."))
 
@@ -226,6 +231,14 @@ def _digest_of(tensors: Mapping[str, Tensor] | Sequence[Tensor], text: str = "")
 def _difference(saved: Mapping[str, str], wanted: Mapping[str, str]) -> str:
     names = [name for name in {**wanted, **saved} if saved.get(name) != wanted.get(name)]
     return " ".join(f"{name}: {saved.get(name, 'none')} there, {wanted.get(name, 'none')} here." for name in names)
+
+
+def _last_change(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        # Its own run has just ended well.
+        return 0.0
 
 
 def _take_away(left: Path, is_own: bool) -> None:

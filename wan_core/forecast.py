@@ -104,7 +104,7 @@ def forecast(model: Model, shape: tuple[int, ...], prompts: Sequence[TextConditi
     """
     need, device = needs(model, shape, prompts), model.placement.device
     budget = _budget(model, need.peak(Plan()))
-    plan = Plan() if budget is None else choose(need, budget, model.memory.pinned_bytes())
+    plan = Plan() if budget is None else choose(need, budget, model.memory.pinned_bytes(), _held(model))
     if plan is None:
         raise ValueError(_refusal(model, need, budget))
     lost = 0.0
@@ -282,6 +282,12 @@ def _refusal(model: Model, need: Need, budget: int) -> str:
     return (f"{model.preset.title} at this size needs at least {human_size(least)} of memory on "
             f"{model.placement.device} with every block swapped, and the budget is {human_size(budget)}. Use "
             f"{' or '.join(advice)}, or a larger budget.")
+
+
+def _held(model: Model) -> Layout | None:
+    """The layout of the expert that is on the device, if one is."""
+    layouts = (model.placement.layout_of(part) for part in (model.high, model.low))
+    return next((layout for layout in layouts if layout is not None), None)
 
 
 def _budget(handle: Model | TextEncoder | VideoVAE, wanted: int) -> int | None:

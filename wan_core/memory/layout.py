@@ -1,7 +1,7 @@
 """Where the blocks of a model live: all on the device, or some on the host, from where they come to be computed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -9,14 +9,14 @@ from torch import nn
 @dataclass(frozen=True)
 class Layout:
     """How many of a model's blocks are `swapped`, through how many `slots`, and how many bytes of host memory may be
-    `pinned` for them.
+    `pinned` for them; the latter makes no other layout of it, as it changes with what the host has free.
 
     Raises ValueError for numbers that cannot be.
     """
 
     swapped: int = 0
     slots: int = 2
-    pinned: int = 0
+    pinned: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         if self.swapped < 0 or self.slots < 1 or self.pinned < 0:

@@ -35,6 +35,9 @@ class Placement(Protocol):
     def budget(self, wanted: int) -> int | None:
         """Bytes that a run can have on the device, weights included, after an attempt to get `wanted`; None for all."""
 
+    def layout_of(self, part: Buildable) -> Layout | None:
+        """The layout in which `part` is on the device now; None if it is not."""
+
     def place(self, part: Buildable, dtype: torch.dtype, layout: Layout = RESIDENT) -> nn.Module:
         """The module of `part`, ready to run; valid until the next call."""
 
@@ -71,6 +74,9 @@ class OneAtATime:
         """Bytes of weights and slots that are on the device now."""
         slots = sum(slot.buffer.nbytes for slot in self._pool.slots) if self._pool else 0
         return slots + (self._held.nbytes if self._held else 0)
+
+    def layout_of(self, part: Buildable) -> Layout | None:
+        return self._held.layout if self._held and self._held.part is part else None
 
     def holds(self, part: Buildable, dtype: torch.dtype, layout: Layout = RESIDENT) -> bool:
         """Whether `place` would have nothing to do."""
@@ -129,7 +135,8 @@ class Held:
 
     def __init__(self, part: Buildable, dtype: torch.dtype, layout: Layout, device: torch.device, pool: Pool | None,
                  ahead: bool = False) -> None:
-        self._key, self._device = (part, dtype, layout), device
+        self.part, self.layout = part, layout
+        self._dtype, self._device = dtype, device
         self.module = part.build(torch.device("cpu") if ahead else device, dtype, layout)
         self.swap: BlockSwap | None = None
         self._swapped = layout.names(self.module)
@@ -138,7 +145,7 @@ class Held:
             self.swap = BlockSwap(blocks, pool, Pinning(device, layout.pinned))
 
     def holds(self, part: Buildable, dtype: torch.dtype, layout: Layout) -> bool:
-        return self._key[0] is part and self._key[1:] == (dtype, layout)
+        return self.part is part and (self._dtype, self.layout) == (dtype, layout)
 
     @property
     def nbytes(self) -> int:

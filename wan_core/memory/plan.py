@@ -68,11 +68,25 @@ class Need:
         return sum(self.blocks[index] for index in layout.positions(len(self.blocks)))
 
 
-def choose(need: Need, budget: int, pinned: int) -> Plan | None:
+# So many blocks more than needed may be swapped, if that spares reading the model anew.
+_WORTH_KEEPING = 2
+
+
+def choose(need: Need, budget: int, pinned: int, held: Layout | None = None) -> Plan | None:
     """The plan that costs least time and keeps within `budget` bytes; None where none does.
 
-    Of the swapped blocks as many as go into `pinned` bytes of host memory will be page-locked.
+    Of the swapped blocks as many as go into `pinned` bytes of host memory will be page-locked. Where the model lies on
+    the device already, in the layout `held`, it stays so if that is nearly as good: what is free changes a little from
+    run to run.
     """
+    plan = _cheapest(need, budget, pinned)
+    if plan is None or held is None or not 0 <= held.swapped - plan.layout.swapped <= _WORTH_KEEPING:
+        return plan
+    kept = replace(plan, layout=held)
+    return kept if need.peak(kept) <= budget else plan
+
+
+def _cheapest(need: Need, budget: int, pinned: int) -> Plan | None:
     chunks = [None, *(chunk for chunk in (CHUNK, CHUNK // 4, SMALLEST_CHUNK) if chunk < need.tokens)]
     for chunk in chunks[:2]:
         if need.peak(Plan(RESIDENT, chunk)) <= budget:
