@@ -122,7 +122,7 @@ class WanCoreSampler:
                  f"{guidance.high:g} and {guidance.low:g}" if model.preset.experts else f"{guidance.low:g}")
         model, told = planned(model, shape, [*conditions.positive, *conditions.negative])
         if told:
-            HOST.say(node_id, f"{told}\n{told.bars()}")
+            HOST.say(node_id, told.bars())
             model = HOST.with_room(model, told.peak - told.weights)
             reset_peak(model.placement.device)
         previewer = HOST.previewer(model.vae_spec, model.placement.device)
@@ -136,7 +136,7 @@ class WanCoreSampler:
                             checkpoints=_checkpoints(model), on_step=on_step,
                             on_block=lambda block: HOST.check_interrupt())
         if told:
-            HOST.say(node_id, f"{told}\n{told.bars(measured_peak(model.placement.device))}")
+            HOST.say(node_id, told.bars(measured_peak(model.placement.device)))
         result = _exchanged(model, result, schedule).to(HOST.result_device())
         return ({**latent, "samples": result, MADE_FOR: model.preset.vae},)
 

@@ -68,15 +68,15 @@ class Forecast:
 
 
     def bars(self, measured: int | None = None, width: int = 20) -> str:
-        """What was predicted, and measured, of the budget: a line with a bar for each."""
+        """What was predicted, and measured, of the budget: a line with a bar for each, then the plan."""
         whole = self.budget or max(self.peak, measured or 0)
 
         def bar(name: str, nbytes: int) -> str:
             filled = min(width, round(width * nbytes / whole))
             return f"{name:<10}{'█' * filled}{'░' * (width - filled)} {human_size(nbytes)}"
 
-        lines = [bar("weights", self.weights), bar("planned", self.peak)]
-        return "\n".join(lines if measured is None else [*lines, bar("measured", measured)])
+        lines = [bar("planned", self.peak), *([] if measured is None else [bar("measured", measured)])]
+        return "\n".join([*lines, str(self)])
 
 
 def is_limited(handle: Model | TextEncoder | VideoVAE) -> bool:

@@ -78,7 +78,7 @@ def test_a_lora_stays_on_its_own_branch(comfy_server, client, pack_folder):
     assert torch.equal(videos["both", "plain"], videos["plain", "plain"])
     assert torch.equal(videos["both", "adapted"], videos["adapted", "adapted"])
     assert not torch.equal(videos["both", "plain"], videos["both", "adapted"])
-    assert "Wan: LoRA branch.safetensors: 6 of 6 adapters matched, strength 3" in comfy_server.log()
+    assert "Wan: branch.safetensors: 6 of 6 adapters matched, strength 3" in comfy_server.log()
 
 
 def test_core_nodes_in_our_places(comfy_server, client, pack_folder, nano_frames):

@@ -1,5 +1,7 @@
 """Block swap: the same results as without it, in the right order, and a module that is as it was whatever happens."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,7 @@ from wan_core.dit import ModelInputs
 from wan_core.memory import Layout, OneAtATime, Plan
 from wan_core.memory.lanes import AtOnce
 from wan_core.memory.layout import block_names
+from wan_core.memory.pinning import Pinning
 from wan_core.memory.swap import BlockSwap, Pool
 from wan_core.pipeline import sample
 from wan_core.sampling import Conditions, Guidance, Step, make_schedule
@@ -252,3 +255,27 @@ def test_inputs_on_the_device_meet_weights_on_the_device():
     with torch.no_grad():
         velocity = module(ModelInputs(randn(*SHAPE), torch.tensor([500.0]), module.prepare_text(randn(1, 4, 96))))
     assert velocity.isfinite().all()
+
+
+def test_pinned_memory_stays_pinned():
+    """Promise: what is pinned stays so as long as the blocks come and go, is what the file holds, and is released with
+    them."""
+    class Ordinary(Pinning):
+        """Host memory as a driver would pin it."""
+
+        def take(self, nbytes):
+            return torch.empty(nbytes, dtype=torch.uint8)
+
+    torch.manual_seed(0)
+    blocks, x = [Watched(seed) for seed in range(3)], randn(2, 16)
+    with torch.no_grad():
+        expected = [block(x) for block in blocks]
+        swap = BlockSwap(blocks, Pool(torch.device("cpu"), 2), Ordinary(torch.device("cpu"), 1 << 20))
+        pinning = weakref.ref(swap._pinning)
+        for _ in range(3):
+            assert all(torch.equal(block(x), y) for block, y in zip(blocks, expected))
+    assert pinning() is not None
+    swap.close()
+    del swap
+    gc.collect()
+    assert pinning() is None

@@ -176,8 +176,10 @@ def _checked(device: torch.device | str) -> torch.device:
 
 
 def default_device() -> torch.device:
-    """The machine's accelerator (CUDA, ROCm, XPU, MPS) if it has one, else the CPU."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    """The machine's accelerator (CUDA, ROCm, XPU, MPS) if it has one, else the CPU; named as tensors on it name it."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return _checked(torch.accelerator.current_accelerator())
 
 
 def working_dtype(requested: str, stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -138,6 +138,8 @@ class BlockSwap:
 
     def __init__(self, blocks: Sequence[nn.Module], pool: Pool, pinning: Pinning | None = None) -> None:
         self.pool = pool
+        # Memory is pinned as long as this is there.
+        self._pinning = pinning
         self._units = {block: Unit(block, pinning) for block in blocks}
         pool.fit(self._largest())
         units = list(self._units.values())
