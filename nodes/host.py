@@ -324,6 +324,11 @@ class ManagedPlacement:
         management.free_memory(wanted - own + management.extra_reserved_memory(), self.device, keep_loaded=kept)
         return int(management.get_free_memory(self.device)) + own - management.extra_reserved_memory()
 
+    @property
+    def nbytes(self) -> int:
+        """See `Placement.nbytes`."""
+        return self.tenant.weights.nbytes
+
     def layout_of(self, part: Part) -> Layout | None:
         """See `Placement.layout_of`."""
         return self.tenant.weights.layout_of(part)
@@ -345,9 +350,9 @@ class ManagedPlacement:
             self.clear()
             raise
 
-    def expect(self, part: Part, dtype: torch.dtype, layout: Layout = RESIDENT) -> None:
+    def expect(self, part: Part, dtype: torch.dtype, layout: Layout, prepare: Callable[[nn.Module], None]) -> None:
         """See `Placement.expect`."""
-        self.tenant.weights.expect(part, dtype, layout)
+        self.tenant.weights.expect(part, dtype, layout, prepare)
 
     def changed(self) -> None:
         """See `Placement.changed`."""

@@ -124,7 +124,8 @@ class WanCoreSampler:
         if told:
             HOST.say(node_id, told.bars())
             model = HOST.with_room(model, told.peak - told.weights)
-            reset_peak(model.placement.device)
+            # What of this model is there already belongs to the run.
+            others = reset_peak(model.placement.device) - model.placement.nbytes
         previewer = HOST.previewer(model.vae_spec, model.placement.device)
         with HOST.progress(schedule.steps, "Wan sampler") as advance:
             def on_step(step: Step) -> None:
@@ -136,7 +137,7 @@ class WanCoreSampler:
                             checkpoints=_checkpoints(model), on_step=on_step,
                             on_block=lambda block: HOST.check_interrupt())
         if told:
-            HOST.say(node_id, told.bars(measured_peak(model.placement.device)))
+            HOST.say(node_id, told.bars(measured_peak(model.placement.device, others)))
         result = _exchanged(model, result, schedule).to(HOST.result_device())
         return ({**latent, "samples": result, MADE_FOR: model.preset.vae},)
 

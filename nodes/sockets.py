@@ -18,7 +18,7 @@ from ..wan_core.forecast import fitted, fitted_encoder
 from ..wan_core.memory import working_dtype
 from ..wan_core.models import TextEncoder, VideoVAE, VisionEncoder
 from ..wan_core.presets import PRESETS
-from ..wan_core.text import encode_pieces, weighted_pieces
+from ..wan_core.text import weighted_pieces
 from ..wan_core.text.tokenizer import EOS_ID, PAD_ID
 from ..wan_core.vae import Tiling
 from .host import HOST, Advance
@@ -59,9 +59,8 @@ class ComfyTextEncoder:
                            return_dict: bool = False) -> Tensor | tuple[Tensor, None] | dict:
         """Embeddings [1, 512, width] float32, zero past the prompt's end."""
         rows = [[piece for piece in row if piece[0] not in (EOS_ID, PAD_ID)] for row in tokens[TOKENS]]
-        encoder = HOST.with_room(fitted_encoder(self.encoder), 0)
-        embeddings = encode_pieces(encoder.module(), rows, encoder.part.spec.text_len,
-                                   lambda block: HOST.check_interrupt()).to(HOST.result_device())
+        encoder = HOST.with_room(fitted_encoder(self.encoder), self.encoder.working(len(rows)))
+        embeddings = encoder.encode_rows(rows, lambda block: HOST.check_interrupt()).to(HOST.result_device())
         if return_dict:
             return {"cond": embeddings, "pooled_output": None}
         return (embeddings, None) if return_pooled else embeddings

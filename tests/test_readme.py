@@ -1,5 +1,6 @@
 """The README's commands are the ones that CI runs, and what it names exists."""
 
+import json
 import re
 from pathlib import Path
 
@@ -29,3 +30,19 @@ def test_every_local_link_leads_somewhere():
     assert local
     missing = [link for link in local if not (ROOT / link).exists()]
     assert not missing
+
+
+def test_the_table_of_formats_is_what_was_measured():
+    """Promise: every row of the table stands in the recorded figures, and every recorded figure in the table."""
+    figures = json.loads((ROOT / "wan_core" / "nano" / "formats.json").read_text())
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    row = r"\| (`[a-z0-9_]+`(, FP8 products)?|as stored .*) \| [\d.]+ MB"
+    rows = [line for line in text.splitlines() if re.match(row, line)]
+    expected = []
+    for name, scores in figures.items():
+        form, _, products = name.partition(", ")
+        title = "as stored (BF16)" if name == "stored" else f"`{form}`" + (f", {products}" if products else "")
+        psnr = "–" if scores["psnr_db"] is None else f"{scores['psnr_db']} dB"
+        expected.append(f"| {title} | {scores['megabytes']:.2f} MB | {scores['colour']} | {scores['direction']} | "
+                        f"{scores['shape']} | {psnr} |")
+    assert rows == expected

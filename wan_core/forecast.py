@@ -147,14 +147,12 @@ def fitted_encoder(encoder: TextEncoder, prompts: int = 1) -> TextEncoder:
     """A text encoder of which as many blocks stay on the device as the memory budget allows."""
     if not is_limited(encoder):
         return encoder
-    part, spec = encoder.part, encoder.part.spec
-    # Attention's bias and logits, and one matrix in float32: what was alive at the peak of the released encoder.
-    working = 8 * prompts * spec.num_heads * spec.text_len ** 2 + 4 * spec.dim * spec.dim_ffn
+    part, working = encoder.part, encoder.working(prompts)
     whole = part.size(part.stored_dtype) + working
     budget = _budget(encoder, whole)
     if budget is None or whole <= budget:
         return encoder
-    pinned, count = encoder.memory.pinned_bytes(), spec.num_layers
+    pinned, count = encoder.memory.pinned_bytes(), part.spec.num_layers
     for layout in (Layout(swapped, 2, pinned) for swapped in range(1, count + 1)):
         if part.resident_size(part.stored_dtype, layout) + working <= budget:
             break

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.weights.lora.lora_files import random, write
-from wan_core import add_vace, load_experts, load_model, nano, open_lora
+from wan_core import add_vace, load_experts, load_model, load_text_encoder, nano, open_lora
 from wan_core.conditioning import TextCondition, VaceCondition
 from wan_core.dit import ModelInputs
 from wan_core.memory import Layout, OneAtATime, Plan
@@ -130,8 +131,9 @@ class LastMoment(AtOnce):
         pairs = copies()
         for _, target in pairs:
             target.view(torch.uint8).fill_(255)
-            last = self.used.get(target.untyped_storage().data_ptr(), None)
-            assert after == last, "the copy does not wait for the block that was there"
+            last = self.used.get(target.untyped_storage().data_ptr())
+            assert after is not None, "the copy does not wait for what used the memory before"
+            assert last in (None, after), "the copy does not wait for the block that was there"
         self.pending[self.now] = pairs
         self.log.append(("copy", self.now))
         return self.now
@@ -279,3 +281,78 @@ def test_pinned_memory_stays_pinned():
     del swap
     gc.collect()
     assert pinning() is None
+
+
+class Threaded(AtOnce):
+    """Copies in a thread of their own, as beside a GPU."""
+
+    def __init__(self):
+        self.thread = ThreadPoolExecutor(1)
+
+    def copy(self, copies, after):
+        return self.thread.submit(lambda: [target.copy_(source) for source, target in copies()])
+
+    def wait(self, mark):
+        mark.result()
+
+    def finish(self):
+        self.thread.submit(int).result()
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_in_inference_mode(pinned):
+    """Promise: in inference mode, which ComfyUI runs nodes in and the thread that copies is not in, it is the same."""
+    class Ordinary(Pinning):
+        """Host memory as a driver would pin it."""
+
+        def take(self, nbytes):
+            return torch.empty(nbytes, dtype=torch.uint8)
+
+    torch.manual_seed(0)
+    blocks, x = [Watched(seed) for seed in range(3)], randn(2, 16)
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        expected = [block(x) for block in blocks]
+        swap = BlockSwap(blocks, Pool(cpu, 2, Threaded()), Ordinary(cpu, 1 << 20) if pinned else None)
+        for _ in range(3):
+            assert all(torch.equal(block(x), y) for block, y in zip(blocks, expected))
+        swap.close()
+
+
+def test_slots_are_those_of_the_part():
+    """Promise: larger slots of a part before are given back, and a pool that grows lets go of its old slots."""
+    placement = OneAtATime("cpu")
+    experts, text = load_experts(placement=placement), load_text_encoder(placement=placement)
+    replace(experts, plan=Plan(Layout(6))).get("low")
+    large = placement._pool.slots[0].buffer.nbytes
+    replace(text, layout=Layout(2)).module()
+    small = placement._pool.slots[0].buffer.nbytes
+    assert small < large and placement._pool.slots[0].unit is None
+    old = weakref.ref(placement._pool.slots[0].buffer)
+    replace(experts, plan=Plan(Layout(6))).get("low")
+    gc.collect()
+    assert old() is None and placement._pool.slots[0].buffer.nbytes == large
+
+
+def test_interrupted_and_closed():
+    """Promise: after an interrupt from the keyboard within a block, closing and refitting leave the master in place."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for ending in (BlockSwap.close, BlockSwap.refit):
+        torch.manual_seed(0)
+        blocks = [Watched(seed) for seed in range(3)]
+        masters = [block.linear.weight for block in blocks]
+        pool = Pool(torch.device("cpu"), 2)
+        swap = BlockSwap(blocks, pool)
+        hook = blocks[1].linear.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            for block in blocks:
+                block(randn(2, 16))
+        hook.remove()
+        ending(swap)
+        assert all(block.linear.weight is master for block, master in zip(blocks, masters))
+        swap.close()
+        again = BlockSwap(blocks, pool)
+        assert all(block(randn(2, 16)).isfinite().all() for block in blocks)
+        again.close()

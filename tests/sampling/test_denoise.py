@@ -47,7 +47,7 @@ class Experts:
 
     chunk = None
 
-    def expect(self, name):
+    def expect(self, name, sigma):
         """Nothing can be brought ahead."""
 
     def state(self, name, sigma):

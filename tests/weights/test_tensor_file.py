@@ -1,10 +1,12 @@
 """Opening checkpoints: lazily, without trusting a byte, and with an error a user can act on."""
 import json
+import mmap
 import os
 import struct
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 
 from wan_core import nano
 from wan_core.weights import LoadError, open_model, open_weights, write_quantised
+from wan_core.weights.mapping import mapped_tensor
 from wan_core.weights.tensor_file import Joined
 
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
@@ -374,3 +377,14 @@ def test_files_are_never_opened_for_writing(tmp_path):
                          cwd=Path(__file__).parents[2], check=False)
     assert run.stdout.strip() == "done", run.stderr
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()} == before
+
+
+def test_a_read_only_mapping_will_do(tmp_path):
+    """Promise: tensors of a mapping that cannot be written to, as Windows gets it, are views without a warning."""
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(range(64)))
+    with path.open("rb") as stream, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        tensor = mapped_tensor(mapping, torch.uint8, 8, 16)
+    assert tensor.tolist() == list(range(16, 24))

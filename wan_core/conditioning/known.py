@@ -52,7 +52,7 @@ class KnownLatents:
         """`timestep` [B] as it is, or for a clean known part [B, T]: in each frame the share that is made anew."""
         if self.noise is not None:
             return timestep
-        return timestep[:, None] * self.mask.mean((1, 3, 4))
+        return timestep[:, None] * self.mask.mean((1, 3, 4)).to(timestep.device)
 
     def steer(self, velocity: Tensor, sample: Tensor, sigma: float) -> Tensor:
         """`velocity` with the known part moving straight to what is known, so that the solver's history agrees."""

@@ -192,7 +192,8 @@ class WanTransformer(nn.Module):
         time = time_rows(inputs.timestep.cpu(), grid[0], grid[1] * grid[2])
         self._check(inputs)
         x = self._embed_patches(inputs.latents, self.patch_embedding)
-        time = time.map(lambda row: self.time_embedding(sinusoidal_embedding(row, self.spec.freq_dim).to(x.device)))
+        time = time.map(lambda row: self.time_embedding(
+            sinusoidal_embedding(row, self.spec.freq_dim).to(x.device, non_blocking=True)))
         shared = Shared(time.map(lambda row: self.time_projection(row).unflatten(1, (6, -1))),
                         rope_table(grid, self.spec.dim // self.spec.num_heads, x.device), inputs.text, inputs.image,
                         backend, chunk)

@@ -24,8 +24,10 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device |
         angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
         shape = [1, 1, 1, dim // 2]
         shape[axis] = length
-        axes.append(torch.polar(torch.ones_like(angles), angles).view(shape).expand(*grid, dim // 2))
-    return torch.cat(axes, -1).flatten(0, 2).unsqueeze(1).to(torch.complex64).to(device)
+        turns = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+        # A few rows for each axis go over, and the table is put together there: nobody waits.
+        axes.append(turns.to(device, non_blocking=True).view(shape).expand(*grid, dim // 2))
+    return torch.cat(axes, -1).flatten(0, 2).unsqueeze(1)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

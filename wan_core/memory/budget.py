@@ -44,8 +44,8 @@ def free_device_memory(device: torch.device) -> int | None:
         # Memory that PyTorch holds and does not use.
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     elif device.type == "xpu":
-        properties = torch.xpu.get_device_properties(device)
-        free = properties.total_memory - torch.xpu.memory_allocated(device)
+        free, _ = torch.xpu.mem_get_info(device)
+        free += torch.xpu.memory_reserved(device) - torch.xpu.memory_allocated(device)
     elif device.type == "mps":
         free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     else:
@@ -53,17 +53,21 @@ def free_device_memory(device: torch.device) -> int | None:
     return max(0, free - _MARGIN)
 
 
-def reset_peak(device: torch.device) -> None:
-    """Begin to measure the most memory that is taken on a device, where it says so."""
-    if device.type in ("cuda", "xpu"):
-        getattr(torch, device.type).reset_peak_memory_stats(device)
+def reset_peak(device: torch.device) -> int:
+    """Begin to measure the most memory that is taken on a device, where it says so; returns what is taken already."""
+    if device.type not in ("cuda", "xpu"):
+        return 0
+    backend = getattr(torch, device.type)
+    backend.reset_peak_memory_stats(device)
+    return backend.memory_allocated(device)
 
 
-def measured_peak(device: torch.device) -> int | None:
-    """The most bytes that were taken on a device since `reset_peak`; None where it does not say."""
+def measured_peak(device: torch.device, before: int) -> int | None:
+    """The most bytes that were taken on a device since `reset_peak`, beside the `before` that others have; None where
+    it does not say."""
     if device.type not in ("cuda", "xpu"):
         return None
-    return getattr(torch, device.type).max_memory_allocated(device)
+    return getattr(torch, device.type).max_memory_allocated(device) - before
 
 
 def available_host_memory() -> int:

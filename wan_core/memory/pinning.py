@@ -12,6 +12,8 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+PAGE = 4096
+
 
 class Pinning:
     """Hands out pinned memory until `limit` bytes are taken. All of it is released with this object."""
@@ -26,8 +28,11 @@ class Pinning:
         """Pinned bytes [nbytes] uint8; None where the limit is reached or the driver refuses."""
         if not 0 < nbytes <= self._left:
             return None
-        memory = torch.empty(nbytes, dtype=torch.uint8)
-        if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0)):
+        # Whole pages, so that nothing else is registered with them.
+        room = torch.empty(nbytes + 2 * PAGE, dtype=torch.uint8)
+        start, size = -room.data_ptr() % PAGE, -(-nbytes // PAGE) * PAGE
+        memory = room[start:start + nbytes]
+        if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)):
             log.warning("Wan: the driver pins no more host memory; other weights go through small pinned pieces.")
             self._left = 0
             _forget_error(self._device)

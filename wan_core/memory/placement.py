@@ -5,6 +5,7 @@ when a part is needed and simply dropped when something else needs the room; not
 model some or all blocks come and go while it runs (see `swap`).
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -32,6 +33,10 @@ class Placement(Protocol):
 
     device: torch.device
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights and slots that are on the device now."""
+
     def budget(self, wanted: int) -> int | None:
         """Bytes that a run can have on the device, weights included, after an attempt to get `wanted`; None for all."""
 
@@ -41,8 +46,11 @@ class Placement(Protocol):
     def place(self, part: Buildable, dtype: torch.dtype, layout: Layout = RESIDENT) -> nn.Module:
         """The module of `part`, ready to run; valid until the next call."""
 
-    def expect(self, part: Buildable, dtype: torch.dtype, layout: Layout = RESIDENT) -> None:
-        """`part` will be asked for next; what there is room for can be brought to the device ahead."""
+    def expect(self, part: Buildable, dtype: torch.dtype, layout: Layout, prepare: Callable[[nn.Module], None]) -> None:
+        """`part` will be asked for next; what there is room for can be brought to the device ahead.
+
+        `prepare` puts on its module, which is on the host, what will be on it when it runs.
+        """
 
     def changed(self) -> None:
         """Tensors of the placed module were added, taken away or replaced."""
@@ -71,7 +79,6 @@ class OneAtATime:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights and slots that are on the device now."""
         slots = sum(slot.buffer.nbytes for slot in self._pool.slots) if self._pool else 0
         return slots + (self._held.nbytes if self._held else 0)
 
@@ -93,20 +100,22 @@ class OneAtATime:
             return expected.module
         if expected:
             expected.close()
-        if self._pool and (not layout.swapped or self._pool.count != layout.slots):
+        if self._pool:
+            # Slots of another part may be larger than this one needs.
             self._pool.clear()
+        if not layout.swapped or self._pool and self._pool.count != layout.slots:
             self._pool = None
         if layout.swapped and not self._pool:
             self._pool = Pool(self.device, layout.slots)
         self._held = Held(part, dtype, layout, self.device, self._pool)
         return self._held.module
 
-    def expect(self, part: Buildable, dtype: torch.dtype, layout: Layout = RESIDENT) -> None:
+    def expect(self, part: Buildable, dtype: torch.dtype, layout: Layout, prepare: Callable[[nn.Module], None]) -> None:
         fits = layout.swapped and self._pool is not None and self._pool.count == layout.slots
         if not fits or self._held is None or self._held.holds(part, dtype, layout):
             return
         if self._expected is None or not self._expected.holds(part, dtype, layout):
-            self._expected = Held(part, dtype, layout, self.device, self._pool, ahead=True)
+            self._expected = Held(part, dtype, layout, self.device, self._pool, prepare)
             self._expected.swap.begin()
 
     def changed(self) -> None:
@@ -130,14 +139,17 @@ class OneAtATime:
 class Held:
     """A part's module with its swapped blocks, if it has any, going through the slots of `pool`.
 
-    Made `ahead`, only the slots are used: everything else stays on the host until it is settled.
+    Made ahead, with `prepare` for its module, only the slots are used: everything else stays on the host until it is
+    settled.
     """
 
     def __init__(self, part: Buildable, dtype: torch.dtype, layout: Layout, device: torch.device, pool: Pool | None,
-                 ahead: bool = False) -> None:
+                 prepare: Callable[[nn.Module], None] | None = None) -> None:
         self.part, self.layout = part, layout
         self._dtype, self._device = dtype, device
-        self.module = part.build(torch.device("cpu") if ahead else device, dtype, layout)
+        self.module = part.build(torch.device("cpu") if prepare else device, dtype, layout)
+        if prepare:
+            prepare(self.module)
         self.swap: BlockSwap | None = None
         self._swapped = layout.names(self.module)
         if self._swapped:

@@ -17,6 +17,7 @@ that skip some, are copied ahead as well.
 """
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,12 @@ class Pool:
         if self.slots and len(self.slots[0].buffer) >= nbytes:
             return
         self.clear()
-        self.slots = [Slot(torch.empty(nbytes, dtype=torch.uint8, device=self.device)) for _ in range(self.count)]
+        # A lane's thread writes into the slots; in tensors of inference mode, which is each thread's own, it could not.
+        with torch.inference_mode(False):
+            self.slots = [Slot(torch.empty(nbytes, dtype=torch.uint8, device=self.device)) for _ in range(self.count)]
+        for slot in self.slots:
+            # The memory may be what computing that was asked for before still uses.
+            slot.left = self.lane.mark()
 
     def clear(self) -> None:
         """Give the slots back."""
@@ -76,7 +82,8 @@ class Unit:
         self._flat: Tensor | None = None
         self._pinned: dict[Leaf, Tensor] = {}
         self._offsets: dict[Leaf, int] = {}
-        self._views: dict[int, list[Tensor]] = {}
+        # Weak, or buffers of slots that were replaced by larger ones would stay.
+        self._views: WeakKeyDictionary[Slot, list[Tensor]] = WeakKeyDictionary()
         self.lay_out()
 
     def lay_out(self) -> None:
@@ -96,18 +103,18 @@ class Unit:
         self.nbytes = end
         self._views.clear()
 
-    def copies(self, buffer: Tensor) -> Copies:
-        """What has to be copied for the block to be in `buffer`; pins the block first, if there is pinned memory."""
+    def copies(self, slot: Slot) -> Copies:
+        """What has to be copied for the block to be in `slot`; pins the block first, if there is pinned memory."""
         if self._pinning is not None:
             self._pin(self._pinning)
             self._pinning = None
-        views = dict(zip(self._rest, self._views_of(buffer)))
-        pairs = [] if self._flat is None else [(self._flat, buffer[:len(self._flat)])]
+        views = dict(zip(self._rest, self._views_of(slot)))
+        pairs = [] if self._flat is None else [(self._flat, slot.buffer[:len(self._flat)])]
         return pairs + [(tensor, views[leaf]) for leaf, tensor in self._rest.items() if leaf not in self._pinned]
 
-    def bind(self, buffer: Tensor) -> None:
-        """Let the block compute from `buffer`."""
-        for leaf, view in zip(self._rest, self._views_of(buffer)):
+    def bind(self, slot: Slot) -> None:
+        """Let the block compute from `slot`."""
+        for leaf, view in zip(self._rest, self._views_of(slot)):
             leaf.put(view)
 
     def unbind(self) -> None:
@@ -123,14 +130,13 @@ class Unit:
             _view(flat, self._offsets[leaf], tensor).copy_(tensor)
         self._flat, self._pinned = flat, dict(self._rest)
 
-    def _views_of(self, buffer: Tensor) -> list[Tensor]:
-        """The block's tensors as they lie in `buffer`, made once."""
-        key = buffer.data_ptr()
-        if key not in self._views:
-            views = [_view(buffer, self._offsets[leaf], tensor) for leaf, tensor in self._rest.items()]
-            self._views[key] = [nn.Parameter(view, requires_grad=False) if leaf.is_parameter else view
-                                for leaf, view in zip(self._rest, views)]
-        return self._views[key]
+    def _views_of(self, slot: Slot) -> list[Tensor]:
+        """The block's tensors as they lie in `slot`, made once."""
+        if slot not in self._views:
+            views = [_view(slot.buffer, self._offsets[leaf], tensor) for leaf, tensor in self._rest.items()]
+            self._views[slot] = [nn.Parameter(view, requires_grad=False) if leaf.is_parameter else view
+                                 for leaf, view in zip(self._rest, views)]
+        return self._views[slot]
 
 
 class BlockSwap:
@@ -160,6 +166,7 @@ class BlockSwap:
 
     def refit(self) -> None:
         """To be called when tensors in the blocks were added, taken away or replaced: what is on the device is old."""
+        self._end_bound()
         self.pool.lane.finish()
         for unit in self._units.values():
             unit.lay_out()
@@ -169,6 +176,7 @@ class BlockSwap:
 
     def close(self) -> None:
         """Take the hooks off; the blocks stay on the host. The slots belong to the pool."""
+        self._end_bound()
         self.pool.lane.finish()
         for hook in self._hooks:
             hook.remove()
@@ -178,10 +186,7 @@ class BlockSwap:
 
     def _enter(self, block: nn.Module, _arguments: tuple) -> None:
         unit = self._units[block]
-        for slot in self.pool.slots:
-            # Hooks behind a block do not run where the program was interrupted from the keyboard.
-            if slot.bound:
-                self._end(slot)
+        self._end_bound()
         if self._last is not None:
             self._next[self._last] = unit
         self._last = unit
@@ -189,7 +194,7 @@ class BlockSwap:
         try:
             self.pool.lane.wait(slot.arrived)
             slot.bound = True
-            unit.bind(slot.buffer)
+            unit.bind(slot)
             self._look_ahead(unit)
         except BaseException:
             # No hook runs behind a block that did not begin.
@@ -200,6 +205,12 @@ class BlockSwap:
     def _leave(self, block: nn.Module, _arguments: tuple, _output: object) -> None:
         for slot in self.pool.slots:
             if slot.bound and slot.unit is self._units[block]:
+                self._end(slot)
+
+    def _end_bound(self) -> None:
+        """End what is still computed from: hooks behind a block do not run after an interrupt from the keyboard."""
+        for slot in self.pool.slots:
+            if slot.bound:
                 self._end(slot)
 
     def _end(self, slot: Slot) -> None:
@@ -216,7 +227,7 @@ class BlockSwap:
         free = [slot for slot in self.pool.slots if not slot.bound and slot.unit not in kept]
         slot = min(free, key=lambda slot: slot.turn)
         slot.unit = None
-        slot.arrived = self.pool.lane.copy(lambda: unit.copies(slot.buffer), slot.left)
+        slot.arrived = self.pool.lane.copy(lambda: unit.copies(slot), slot.left)
         slot.unit = unit
         return slot
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..memory import RESIDENT, Layout, Memory, Placement, working_dtype
 from ..memory.recovery import is_out_of_memory, release
 from ..presets import CLIPVisionSpec, VAESpec
-from ..text import Tokenizer, UMT5Encoder, encode_prompts
+from ..text import Tokenizer, UMT5Encoder, encode_pieces, encode_prompts
 from ..vae import Tiling, WanVAE
 from ..vision import CLIPVision, preprocess
 from .part import Part
@@ -38,6 +38,19 @@ class TextEncoder:
             return encode_prompts(encoder.module(), self.tokenizer, prompts, self.part.spec.text_len, on_block=on_block)
 
         return recovering(self, run)
+
+    def encode_rows(self, rows: Sequence[Sequence[tuple[int, float]]],
+                    on_block: Callable[[int], None] | None = None) -> Tensor:
+        """The same of rows of (token id, weight); see `encode_pieces`."""
+        text_len = self.part.spec.text_len
+        return recovering(self, lambda encoder: encode_pieces(encoder.module(), rows, text_len, on_block))
+
+    def working(self, prompts: int) -> int:
+        """Bytes that encoding so many prompts needs beside the weights, as measured with the released encoder:
+        attention's bias and logits, and a matrix in float32; of quantised weights what it is made of, too."""
+        spec = self.part.spec
+        matrices = 3 if self.part.file.quantised else 1
+        return 8 * prompts * spec.num_heads * spec.text_len ** 2 + 4 * matrices * spec.dim * spec.dim_ffn
 
     def leaner(self) -> "TextEncoder | None":
         """A copy that needs less memory: with all blocks coming and going."""

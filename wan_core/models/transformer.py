@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dit import WanTransformer, check_backend
 from ..memory import RESIDENT, Layout, Memory, Placement, Plan, working_dtype
@@ -149,9 +149,21 @@ class Model:
             self.placement.changed()
         return module
 
-    def expect(self, name: str) -> None:
-        """The expert `name` will be asked for next: while the other one computes, what there is room for is brought."""
-        self.placement.expect(*self._wanted(name))
+    def expect(self, name: str, sigma: float) -> None:
+        """The expert `name` will be asked for next, at a noise level: while the other one computes, what there is room
+        for is brought to the device.
+
+        Weights that have to be computed first (merged, quantised on load) are not: the device is busy.
+        """
+        part, dtype, layout = self._wanted(name)
+        if part.file.made:
+            return
+
+        def prepare(module: nn.Module) -> None:
+            use_fp8_products(module, self.multiplies_in_fp8)
+            adapt(module, self.loras, name, sigma)
+
+        self.placement.expect(part, dtype, layout, prepare)
 
     def _wanted(self, name: str) -> tuple[Part, torch.dtype, Layout]:
         part, layout = self.high if name == "high" else self.low, self.plan.layout if self.plan else RESIDENT

@@ -45,7 +45,7 @@ class Experts(Protocol):
 
     def state(self, name: str, sigma: float) -> Hashable: ...
 
-    def expect(self, name: str) -> None: ...
+    def expect(self, name: str, sigma: float) -> None: ...
 
     def recover(self, error: Exception, shape: tuple[int, ...]) -> "Experts | None":
         """What a step on latents of `shape` [B, C, T, H, W] that failed with `error` is to be repeated with: the same
@@ -168,7 +168,8 @@ class _Run:
         model = self._experts.get(name, sigma)
         self._prepared.hold_for(self._experts.state(name, sigma))
         sample = at.latents.to(self._device, torch.float32)
-        timestep = self._schedule.timesteps[index].to(self._device).expand(sample.shape[0])
+        # On the host, where the transformer looks at it: a device would have to be waited for.
+        timestep = self._schedule.timesteps[index].expand(sample.shape[0])
         if self._conditions.known and self._known is None:
             self._known = self._conditions.known.to(self._device)
         known = self._known
@@ -176,7 +177,7 @@ class _Run:
             sample, timestep = known.blend(sample, sigma), known.timesteps(timestep)
         velocity = self._guided(model, name, sample, timestep, sigma)
         if self._names[index + 1:index + 2] not in ([], [name]):
-            self._experts.expect(self._names[index + 1])
+            self._experts.expect(self._names[index + 1], float(self._schedule.sigmas[index + 1]))
         if known:
             velocity = known.steer(velocity, sample, sigma)
         clean = sample - sigma * velocity

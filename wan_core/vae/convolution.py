@@ -34,7 +34,18 @@ def after_history(x: Tensor, history: Tensor, weight: Tensor, bias: Tensor | Non
     """Convolve x [B, C, T, H, W] that follows two frames of `history`, stride 1, no padding in time."""
     if _minimal_filtering_pays(x, weight):
         return _minimal_filtering(x, history, weight, bias, padding)
-    return F.conv3d(torch.cat([history, x], 2), weight, bias, padding=(0, *padding))
+    return F.conv3d(joined(history, x), weight, bias, padding=(0, *padding))
+
+
+def joined(history: Tensor, x: Tensor) -> Tensor:
+    """Frames before and of a piece, in channels-last memory: `cat` alone would follow the first, which zeros and saved
+    frames need not be in, and half-precision kernels for other memory are slow or missing."""
+    if torch.is_grad_enabled():
+        return torch.cat([history, x], 2)
+    batch, channels, frames, height, width = x.shape
+    whole = torch.empty((batch, channels, history.shape[2] + frames, height, width), dtype=x.dtype, device=x.device,
+                        memory_format=torch.channels_last_3d)
+    return torch.cat([history, x], 2, out=whole)
 
 
 def on_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

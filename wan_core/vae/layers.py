@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convolution import after_history, first_frame, on_doubled, pointwise
+from .convolution import after_history, first_frame, joined, on_doubled, pointwise
 
 
 class Stream:
@@ -140,7 +140,7 @@ class Downsample(nn.Module):
         history = stream.recall(self.time_conv)
         stream.remember(self.time_conv, x[:, :, -1:])
         if history is not None:
-            return self.time_conv(torch.cat([history, x], 2), stream)
+            return self.time_conv(joined(history, x), stream)
         if x.shape[2] == 1:
             return x
         return torch.cat([x[:, :, :1], self.time_conv(x, stream)], 2)

@@ -5,10 +5,15 @@ weights. Scales of activations are measured, one a row where the card takes that
 fixed ones in some files clip whatever is larger than in their calibration. Reference: `torch._scaled_mm`.
 """
 
+import functools
+import logging
+
 import torch
 from torch import Tensor
 
 from .quantised import Quantised, Scaled
+
+log = logging.getLogger(__name__)
 
 SWITCH = ("auto", "on", "off")
 # The name of the weight format that can be multiplied.
@@ -54,8 +59,7 @@ def fp8_product(x: Tensor, weight: Quantised, bias: Tensor | None, dtype: torch.
     codes = weight.parts["codes"].view(torch.float8_e4m3fn)
     scale = weight.parts.get("scale")
     scale = torch.ones((), device=x.device) if scale is None else scale.float()
-    by_row = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= _HOPPER
-    if by_row:
+    if _scales_by_row(x.device, _output(dtype)):
         peak = rows.abs().amax(1, keepdim=True).float()
         scale = scale.reshape(1, -1).expand(1, codes.shape[0]).contiguous()
     else:
@@ -69,6 +73,25 @@ def fp8_product(x: Tensor, weight: Quantised, bias: Tensor | None, dtype: torch.
     return y if bias is None else y + bias.to(dtype)
 
 
+@functools.cache
+def _scales_by_row(device: torch.device, output: torch.dtype) -> bool:
+    """Whether the device's product takes a scale for each row and column; tried once, since that depends on the card,
+    the system and the library (on Windows there is no such kernel for the newest cards)."""
+    if device.type != "cuda":
+        return True
+    if torch.cuda.get_device_capability(device) < _HOPPER:
+        return False
+    side, one = 2 * _GRAIN, torch.ones((), device=device)
+    codes = one.expand(side, side).contiguous().to(torch.float8_e4m3fn)
+    try:
+        torch._scaled_mm(codes, codes.t(), scale_a=one.expand(side, 1).contiguous(),
+                         scale_b=one.expand(1, side).contiguous(), out_dtype=output)
+    except (RuntimeError, ValueError) as error:
+        log.info("FP8 products on %s take one scale for all activations: %s", device, str(error).partition("\n")[0])
+        return False
+    return True
+
+
 def _by_output(rows: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
                peak: Tensor) -> Tensor:
     """Where the card takes one scale only, those of the weight's rows are multiplied onto the output."""
@@ -80,7 +103,7 @@ def _by_output(rows: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, 
 
 
 def _rounded(rows: Tensor, scale: Tensor) -> Tensor:
-    return (rows / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+    return (rows / scale).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
 
 
 def _output(dtype: torch.dtype) -> torch.dtype:

@@ -5,6 +5,7 @@ scales. Every format here comes out as scale * code + offset, computed in float3
 bit-equal to that of the gguf package (`gguf/quants.py`); the layouts are those of llama.cpp's `ggml-common.h`.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -131,8 +132,14 @@ def _q6_k(block: dict[str, Tensor]) -> Unpacked:
 
 
 def _iq4(codes: Tensor) -> Tensor:
-    values = torch.tensor(IQ4_VALUES, dtype=torch.int8, device=codes.device)
-    return values[codes.int()]
+    return _iq4_values(codes.device)[codes.int()]
+
+
+@functools.cache
+def _iq4_values(device: torch.device) -> Tensor:
+    """Made once for each device, which would have to be waited for at every layer."""
+    with torch.inference_mode(False):
+        return torch.tensor(IQ4_VALUES, dtype=torch.int8).to(device)
 
 
 def _iq4_nl(block: dict[str, Tensor]) -> Unpacked:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .gguf_blocks import FORMATS, BlockFormat
 from .gguf_header import GGUFHeader, GGUFTensor, parse_gguf
+from .mapping import mapped_tensor
 from .quantised import Blocks, Quantised, blocks_nbytes
 from .safetensors_header import HeaderError, UnreadableType
 
@@ -65,10 +66,9 @@ class GGUFContents:
             dtype = _PLAIN[tensor.kind]
             if not count:
                 return torch.empty(shape, dtype=dtype)
-            return torch.frombuffer(self._mapping, dtype=dtype, count=count // dtype.itemsize,
-                                    offset=tensor.start).view(shape)
+            return mapped_tensor(self._mapping, dtype, count // dtype.itemsize, tensor.start).view(shape)
         form = _BLOCKS[tensor.kind]
-        raw = torch.frombuffer(self._mapping, dtype=torch.uint8, count=count, offset=tensor.start)
+        raw = mapped_tensor(self._mapping, torch.uint8, count, tensor.start)
         return Quantised(Blocks(form), shape, {"raw": raw.view(-1, tensor.shape[-1] // form.size * form.nbytes)})
 
 

@@ -9,6 +9,7 @@ FP8 and int8: codes * scale, with one scale for the whole weight, one a row, or 
 for each block of columns, in the order in which NVIDIA's matrix units want them. GGUF: see `gguf_blocks`.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -169,8 +170,7 @@ class NVFP4:
     def dequantise(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         packed = parts["codes"].view(torch.uint8)
         codes = torch.stack([packed >> 4, packed & 15], -1).flatten(1)
-        numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=codes.device)
-        values = torch.cat([numbers, -numbers])[codes.int()]
+        values = _fp4_numbers(codes.device)[codes.int()]
         scale = _from_tiles(parts["scale"].view(torch.float8_e4m3fn).float(), *codes.shape[:1],
                             codes.shape[1] // self.block)
         scale = scale * parts["tensor_scale"].float().reshape(())
@@ -180,13 +180,24 @@ class NVFP4:
         return values.to(dtype)
 
 
+# Constants are made once for each device: to bring one there, the device would have to be waited for at every layer.
+@functools.cache
+def _fp4_numbers(device: torch.device) -> Tensor:
+    """What the 16 codes of E2M1 stand for."""
+    with torch.inference_mode(False):
+        numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        return torch.cat([numbers, -numbers]).to(device)
+
+
+@functools.cache
 def _hadamard(size: int, device: torch.device) -> Tensor:
     """A symmetric Hadamard matrix over the root of its size, a power of 4: it is its own inverse."""
-    quarter = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], device=device) / 2
-    matrix = quarter
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, quarter)
-    return matrix
+    with torch.inference_mode(False):
+        quarter = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+        matrix = quarter
+        while len(matrix) < size:
+            matrix = torch.kron(matrix, quarter)
+        return matrix.to(device)
 
 
 def _tiled_count(rows: int, columns: int) -> int:

@@ -1,15 +1,14 @@
 """Opens a checkpoint without reading it: names, shapes and types at once, a tensor's bytes when they are touched.
 
 The whole file is mapped into memory and every tensor is a view of that mapping, so a model that stays on the CPU is
-never copied, and opening a 28 GB file takes milliseconds. The mapping is private and copy-on-write: writing into a
-tensor can neither change the file nor crash. The safetensors library maps in the same way but lets the kernel reserve
+never copied, and opening a 28 GB file takes milliseconds. The file itself can never be changed through a tensor (see
+`mapping`). The safetensors library maps in the same way but lets the kernel reserve
 memory for the whole file, which fails where the file is larger than the memory; here nothing is reserved.
 
 GGUF and PyTorch's own files (.pth, .pt, .bin) are read by `gguf_file` and `torch_file`.
 """
 import math
 import mmap
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from .errors import LoadError, human_size
 from .gguf_file import GGUFContents
 from .gguf_header import MAGIC, Value
+from .mapping import map_file, mapped_tensor
 from .quantised import Quantised, Scheme, dense
 from .safetensors_header import Entry, HeaderError, UnreadableType, looks_like_header, parse_header
 from .shards import INDEX_ENDING, check_contents, find_weights, read_index
@@ -300,7 +300,7 @@ def _open_safetensors(path: Path, size: int) -> TensorFile:
             entries, metadata = parse_header(stream.read(length), size - 8 - length)
         except HeaderError as error:
             raise _load_error(path, error) from error
-        mapping = _map(path, stream.fileno())
+        mapping = map_file(path, stream.fileno())
     return TensorFile(
         path, "safetensors", metadata, {name: entry.dtype for name, entry in entries.items()},
         {name: entry.shape for name, entry in entries.items()},
@@ -309,7 +309,7 @@ def _open_safetensors(path: Path, size: int) -> TensorFile:
 
 def _open_gguf(path: Path) -> TensorFile:
     with path.open("rb") as stream:
-        mapping = _map(path, stream.fileno())
+        mapping = map_file(path, stream.fileno())
     try:
         contents = GGUFContents(mapping)
     except HeaderError as error:
@@ -326,18 +326,6 @@ def _load_error(path: Path, error: HeaderError) -> LoadError:
     return LoadError(f"{path.name} {error}. {advice}")
 
 
-def _map(path: Path, descriptor: int) -> mmap.mmap:
-    try:
-        if sys.platform == "linux":
-            # Without MAP_NORESERVE (0x4000; unnamed in older Pythons) the kernel refuses files larger than the memory.
-            return mmap.mmap(descriptor, 0, mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000),
-                             mmap.PROT_READ | mmap.PROT_WRITE)
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-    except OSError as error:
-        raise LoadError(f"{path.name} cannot be mapped into memory: {error.strerror}. "
-                        "Move it to a local disk.") from error
-
-
 def _view(mapping: mmap.mmap, base: int, entry: Entry) -> Tensor:
     count = math.prod(entry.shape)
     if not count:
@@ -346,7 +334,7 @@ def _view(mapping: mmap.mmap, base: int, entry: Entry) -> Tensor:
     if start % entry.dtype.itemsize:
         # Only foreign writers leave tensors unaligned; kernels expect alignment, so these are copied.
         return torch.frombuffer(bytearray(mapping[start:base + entry.end]), dtype=entry.dtype).view(entry.shape)
-    return torch.frombuffer(mapping, dtype=entry.dtype, count=count, offset=start).view(entry.shape)
+    return mapped_tensor(mapping, entry.dtype, count, start).view(entry.shape)
 
 
 def _open_torch(path: Path, is_zip: bool) -> TensorFile:
