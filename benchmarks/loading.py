@@ -3,6 +3,7 @@
     python benchmarks/loading.py bf16        # 28.6 GB, Wan 2.1 T2V 14B
     python benchmarks/loading.py q4_k        # 8.2 GB
     python benchmarks/loading.py fp8         # 14.5 GB
+    python benchmarks/loading.py read        # 2.1 GB of real numbers, not in the system's cache, beside a plain read
 
 The file is sparse: it has the right header and size and takes no room on the disk. Private memory (RssAnon) is what the
 process holds beside pages of the mapped file, which the kernel takes back whenever it needs them. "Used" means that the
@@ -11,6 +12,7 @@ numbers of every weight were made once, layer after layer, as a step of sampling
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import threading
@@ -26,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.shared import host_mb, is_matrix  # noqa: E402
 from wan_core.models import Part  # noqa: E402
 from wan_core.presets import TRANSFORMERS  # noqa: E402
-from wan_core.weights import expected_shapes  # noqa: E402
+from wan_core.weights import expected_shapes, open_weights, save_weights  # noqa: E402
 from wan_core.weights.linear import QuantisedLinear  # noqa: E402
 
 SPEC = TRANSFORMERS["wan21_t2v_14b"]
@@ -34,15 +36,48 @@ SPEC = TRANSFORMERS["wan21_t2v_14b"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("form", choices=("bf16", "fp8", "q4_k"))
+    parser.add_argument("form", choices=("bf16", "fp8", "q4_k", "read"))
     parser.add_argument("--folder", type=Path, help="where the sparse file is put (default: a temporary folder)")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        if options.form == "read":
+            print(json.dumps(reading(Path(folder, "numbers.safetensors"))))
+            return
         suffix = "gguf" if options.form == "q4_k" else "safetensors"
         path = Path(folder, f"wan_14b_{options.form}.{suffix}")
         (write_gguf if suffix == "gguf" else write_safetensors)(path, options.form)
         print(json.dumps(measure(path, options.device)))
+
+
+def reading(path: Path) -> dict[str, float]:
+    """Seconds that a plain read of a file takes, and that it takes until every weight was copied from its mapping to the
+    memory that one takes, as on the way to a GPU; each the best of three, the file not being in the system's cache."""
+    tensor = torch.randn(5120, 5120).to(torch.bfloat16)
+    save_weights(path, {f"weight{index}": tensor.roll(index, 0) for index in range(40)})
+
+    piece = torch.zeros_like(tensor)
+
+    def plain() -> None:
+        with path.open("rb", buffering=0) as stream:
+            while stream.read(1 << 22):
+                pass
+
+    def mapped() -> None:
+        for weight in open_weights(path).values():
+            piece.copy_(weight)
+
+    seconds = {"plain": [], "mapped": []}
+    for _ in range(3):
+        for name, read in (("plain", plain), ("mapped", mapped)):
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            started = time.perf_counter()
+            read()
+            seconds[name].append(time.perf_counter() - started)
+    return {"gb": round(path.stat().st_size / 1e9, 2), **{f"{name}_s": round(min(taken), 2)
+                                                         for name, taken in seconds.items()}}
 
 
 def write_safetensors(path: Path, form: str) -> None:

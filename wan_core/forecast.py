@@ -66,7 +66,6 @@ class Forecast:
             parts.append(f"{chunk} tokens at a time")
         return "; ".join(parts)
 
-
     def bars(self, measured: int | None = None, width: int = 20) -> str:
         """What was predicted, and measured, of the budget: a line with a bar for each, then the plan."""
         whole = self.budget or max(self.peak, measured or 0)
@@ -122,7 +121,8 @@ def needs(model: Model, shape: tuple[int, ...], prompts: Sequence[TextCondition]
         sizes = part.sizes(_dtype(part, model))
         for lora in model.loras:
             for target, adapter in lora.adapters[name].items():
-                sizes[f"{target.module}.{lora.key}"] = sizes.get(f"{target.module}.{lora.key}", 0) + adapter.nbytes
+                beside = f"{target.name} of LoRAs"
+                sizes[beside] = sizes.get(beside, 0) + adapter.nbytes
         names = [f"{block}." for block in block_names(part.hollow())]
         each = {block: 0 for block in names}
         rest = 0
