@@ -21,7 +21,8 @@ def private_bytes() -> int:
 
 def alive() -> int:
     gc.collect()
-    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+    # Asking a thing whether it is one would wake lazy modules, which warn.
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
 @pytest.mark.skipif(not STATM.exists(), reason="the system does not say memory in Linux's way")
@@ -34,7 +35,7 @@ def test_twenty_runs_do_not_grow(load):
              "vae": load_vae(placement=placement), "text_encoder": load_text_encoder(placement=placement)}
     tensors, nbytes = [], []
     for seed in range(20):
-        generate("a red circle moving left", **parts, width=64, height=64, frames=5, steps=2, seed=seed)
+        generate("a red circle moving left", **parts, width=32, height=32, frames=5, steps=2, seed=seed)
         tensors.append(alive())
         nbytes.append(private_bytes())
     assert len(set(tensors[1:])) == 1
