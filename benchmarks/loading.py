@@ -51,8 +51,8 @@ def main() -> None:
 
 
 def reading(path: Path) -> dict[str, float]:
-    """Seconds that a plain read of a file takes, and that it takes until every weight was copied from its mapping to the
-    memory that one takes, as on the way to a GPU; each the best of three, the file not being in the system's cache."""
+    """Seconds that a plain read of a file takes, and that it takes until every weight was copied from its mapping, one
+    to the place of the other, as on the way to a GPU; the best of three, the file not being in the system's cache."""
     tensor = torch.randn(5120, 5120).to(torch.bfloat16)
     save_weights(path, {f"weight{index}": tensor.roll(index, 0) for index in range(40)})
 
