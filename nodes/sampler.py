@@ -123,7 +123,7 @@ class WanCoreSampler:
         model, told = planned(model, shape, [*conditions.positive, *conditions.negative])
         if told:
             HOST.say(node_id, told.bars())
-            model = HOST.with_room(model, told.peak - told.weights)
+            model = HOST.with_room(model, told.peak - model.placed_size())
             # What of this model is there already belongs to the run.
             others = reset_peak(model.placement.device) - model.placement.nbytes
         previewer = HOST.previewer(model.vae_spec, model.placement.device)

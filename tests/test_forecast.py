@@ -122,6 +122,10 @@ def test_loras_and_experts_are_counted(part, lora, layout):
     model = model_of(part(), plan=Plan(layout, 256)).with_lora(lora, 0.5).with_lora(lora, 0.3)
     predicted = needs(model, SMALL, prompts_for(model, SMALL)).peak(model.plan)
     assert predicted == pytest.approx(measured(model, SMALL), rel=0.05)
+    need = needs(model, SMALL, prompts_for(model, SMALL))
+    factors = 2 * sum(adapter.nbytes for adapter in model.loras[0].adapters["low"].values())
+    beside = need.weights(layout) - model.placed_size()
+    assert beside == factors if not layout.swapped else 0 < beside < factors
     pair = model_of(part("t2v", "q8_0"), part(), plan=Plan(layout, 256))
     alone = model_of(part(), plan=Plan(layout, 256))
     assert needs(pair, SMALL, prompts_for(pair, SMALL)).peak(pair.plan) == pytest.approx(

@@ -165,6 +165,10 @@ class Model:
 
         self.placement.expect(part, dtype, layout, prepare)
 
+    def placed_size(self) -> int:
+        """Bytes that the larger expert's weights take on the device in this plan, without LoRAs."""
+        return max(part.resident_size(dtype, layout) for part, dtype, layout in map(self._wanted, ("high", "low")))
+
     def _wanted(self, name: str) -> tuple[Part, torch.dtype, Layout]:
         part, layout = self.high if name == "high" else self.low, self.plan.layout if self.plan else RESIDENT
         return part, working_dtype(self.dtype, part.stored_dtype, self.placement.device), layout
