@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..wan_core.conditioning import check_values
 from ..wan_core.forecast import fitted, fitted_encoder
-from ..wan_core.memory import working_dtype
 from ..wan_core.models import TextEncoder, VideoVAE, VisionEncoder
 from ..wan_core.presets import PRESETS
 from ..wan_core.text import weighted_pieces
@@ -222,8 +221,7 @@ class ComfyVAE:
     def _with_room(self, vae: VideoVAE, shape: tuple[int, ...], encode: bool = False) -> VideoVAE:
         """The VAE in tiles that fit what is free, and with that room asked for."""
         vae, peak = fitted(vae, shape, encode)
-        weights = vae.part.size(working_dtype(vae.dtype, vae.part.stored_dtype, vae.placement.device))
-        return HOST.with_room(vae, max(0, peak - weights))
+        return HOST.with_room(vae, max(0, peak - vae.part.size(vae.computes_in)))
 
 
 def check_pictures(image: Tensor) -> None:

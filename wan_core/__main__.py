@@ -246,13 +246,13 @@ def _load_files(options: argparse.Namespace, placement: OneAtATime) -> Model:
 
 def _inspect(options: argparse.Namespace) -> None:
     report = describe(options.file)
-    memory = None
+    part = None
     if report.complete and report.recognition.kind in ("transformer", "vae", "text_encoder", "clip_vision"):
-        memory = _memory(Part.open(options.file, report.recognition.kind))
-    print(format_report(report, memory))
-    if memory is not None and report.recognition.kind == "transformer" and report.recognition.names:
-        preset = PRESETS[report.recognition.names[0]]
-        part, official = Part.open(options.file, "transformer"), preset.sampling
+        part = Part.open(options.file, report.recognition.kind)
+    print(format_report(report, part and _memory(part)))
+    if part and report.recognition.kind == "transformer" and part.names:
+        preset = PRESETS[part.names[0]]
+        official = preset.sampling
         half = working_dtype("auto", part.stored_dtype, torch.device("cuda"))
         size = f"{official.width}x{official.height}, {official.frames} frames"
         print(f"  memory of a run on a GPU: {preset.title}, {size}")

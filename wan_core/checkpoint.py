@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .memory import working_dtype
 from .memory.recovery import is_out_of_memory
 from .models import Model, Part
 from .sampling import SOLVERS, Conditions, Guidance, Progress, Schedule
@@ -169,7 +168,7 @@ def settings_of(model: Model, schedule: Schedule, conditions: Conditions, guidan
 
     `start` is the sample that it begins with; `named` are settings that are in the tensors already, for people.
     """
-    parts = {"high": model.high, "low": model.low} if model.preset.experts else {"low": model.low}
+    parts = model.parts
     settings = {name: str(value) for name, value in named.items()}
     settings |= {"preset": model.preset.name, "solver": solver, "attention": model.attention,
                  "FP8 products": str(model.multiplies_in_fp8),
@@ -177,10 +176,9 @@ def settings_of(model: Model, schedule: Schedule, conditions: Conditions, guidan
                  "noise levels": f"{schedule.steps} steps from {schedule.sigmas[0]:.4f} to {schedule.sigmas[-1]:.4f}, "
                                  f"{_digest_of([schedule.sigmas, schedule.timesteps])}"}
     for expert, part in parts.items():
-        dtype = working_dtype(model.dtype, part.stored_dtype, model.placement.device)
         name = f"{expert}-noise expert" if model.preset.experts else "model"
         settings |= {f"{name} {what}": text for what, text in _weights(part).items()}
-        settings[f"{name} precision"] = str(dtype).removeprefix("torch.")
+        settings[f"{name} precision"] = str(model.computes_in(part)).removeprefix("torch.")
     for kind, loras in (("merged LoRA", model.folded), ("LoRA", model.loras)):
         settings |= {f"{kind} {index}": _lora(lora, parts) for index, lora in enumerate(loras, 1)}
     return settings | _told("start", start) | _told("conditions", conditions)

@@ -9,16 +9,16 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import nn
 
 from .conditioning import Condition, ImageChannels, ImageTokens, TextCondition, VaceCondition
 from .dit import ModelInputs, WanTransformer
-from .memory import RESIDENT, Layout, OneAtATime, Plan, working_dtype
+from .memory import RESIDENT, Layout, OneAtATime, Plan
 from .memory.budget import GB
-from .memory.layout import block_names
+from .memory.layout import by_block
 from .memory.meter import FusedAttention, MemoryMeter
 from .memory.plan import CHUNK, SMALLEST_CHUNK, Need, choose, lost_share
 from .memory.rates import measured_rates
@@ -108,37 +108,32 @@ def forecast(model: Model, shape: tuple[int, ...], prompts: Sequence[TextConditi
         raise ValueError(_refusal(model, need, budget))
     lost = 0.0
     if plan.layout.swapped:
-        rates = measured_rates(device, _dtype(model.low, model))
+        rates = measured_rates(device, model.computes_in(model.low))
         lost = lost_share(need, plan, operations(model, shape), rates.flops, rates.bandwidth)
     return Forecast(plan, need.peak(plan), need.weights(plan.layout), len(need.blocks), budget, lost)
 
 
 def needs(model: Model, shape: tuple[int, ...], prompts: Sequence[TextCondition]) -> Need:
     """What the model needs for latents of `shape`; of two experts, what either does."""
-    experts = {"high": model.high, "low": model.low} if model.preset.experts else {"low": model.low}
     blocks, others = [], []
-    for name, part in experts.items():
-        sizes = part.sizes(_dtype(part, model))
+    for name, part in model.parts.items():
+        sizes = part.sizes(model.computes_in(part))
         for lora in model.loras:
             for target, adapter in lora.adapters[name].items():
                 beside = f"{target.name} of LoRAs"
                 sizes[beside] = sizes.get(beside, 0) + adapter.nbytes
-        names = [f"{block}." for block in block_names(part.hollow())]
-        each = {block: 0 for block in names}
-        rest = 0
-        for tensor, nbytes in sizes.items():
-            block = next((block for block in names if tensor.startswith(block)), None)
-            if block is None:
-                rest += nbytes
-            else:
-                each[block] += nbytes
-        blocks.append(each.values())
-        others.append(rest)
+        of_blocks, of_others = by_block(sizes, part.blocks)
+        blocks.append(of_blocks)
+        others.append(of_others)
     tokens = math.prod(shape[2:]) // math.prod(model.spec.patch_size)
 
-    @lru_cache
+    @cache
+    def module(name: str) -> WanTransformer:
+        return _sample_of(model, name, model.parts[name])
+
+    @cache
     def working(chunk: int | None) -> int:
-        return max(_working(model, name, part, shape, prompts, chunk) for name, part in experts.items())
+        return max(_working(module(name), shape, prompts, chunk) for name in model.parts)
 
     return Need(tuple(map(max, zip(*blocks))), max(others), tokens, working)
 
@@ -169,24 +164,23 @@ def fitted(vae: VideoVAE, shape: tuple[int, ...], encode: bool = False) -> tuple
     if not is_limited(vae):
         return vae, 0
     stride = vae.spec.spatial_stride
-    weights = vae.part.size(working_dtype(vae.dtype, vae.part.stored_dtype, vae.placement.device))
-    budget = _budget(vae, weights + vae_working(vae, shape, encode))
-    choices = [vae]
-    if vae.tiling is None and budget is not None:
-        sides = [side for side in _TILES if side < stride * max(shape[3:])]
-        choices += [replace(vae, tiling=Tiling(side, side, min(_OVERLAP, side // 4 // stride * stride)))
-                    for side in sides]
-    for chosen in choices:
-        peak = weights + vae_working(chosen, shape, encode)
-        if budget is None or peak <= budget:
+    weights = vae.part.size(vae.computes_in)
+    chosen, peak = vae, weights + vae_working(vae, shape, encode)
+    budget = _budget(vae, peak)
+    if vae.tiling is not None or budget is None:
+        return chosen, peak
+    for side in (side for side in _TILES if side < stride * max(shape[3:])):
+        if peak <= budget:
             break
+        chosen = replace(vae, tiling=Tiling(side, side, min(_OVERLAP, side // 4 // stride * stride)))
+        peak = weights + vae_working(chosen, shape, encode)
     return chosen, peak
 
 
 @torch.no_grad()
 def vae_working(vae: VideoVAE, shape: tuple[int, ...], encode: bool = False) -> int:
     """The most that decoding latents of `shape`, or encoding to them, has on the device beside the weights."""
-    module = vae.part.build(torch.device("meta"), working_dtype(vae.dtype, vae.part.stored_dtype, vae.placement.device))
+    module = vae.part.build(torch.device("meta"), vae.computes_in)
     stride, tiling = vae.spec.spatial_stride, vae.tiling
     # From the third piece on every piece is like the one before, and from the second tile on every tile.
     frames, height, width = min(shape[2], 3), shape[3], shape[4]
@@ -235,14 +229,13 @@ def operations(model: Model, shape: tuple[int, ...]) -> float:
 
 
 @torch.no_grad()
-def _working(model: Model, name: str, part: Part, shape: tuple[int, ...], prompts: Sequence[TextCondition],
+def _working(module: WanTransformer, shape: tuple[int, ...], prompts: Sequence[TextCondition],
              chunk: int | None) -> int:
     """The most that a step has on the device beside the weights."""
-    module = _sample_of(model, name, part)
     with FusedAttention(), MemoryMeter("meta") as meter:
         sample = torch.empty(shape, device="meta")
         timestep = torch.full((shape[0],), 500.0)
-        if model.spec.model_type == "ti2v":
+        if module.spec.model_type == "ti2v":
             # A given first frame has a timestep of its own.
             timestep = timestep[:, None].repeat(1, shape[2])
             timestep[:, 0] = 0
@@ -261,8 +254,7 @@ def _working(model: Model, name: str, part: Part, shape: tuple[int, ...], prompt
 
 def _sample_of(model: Model, name: str, part: Part) -> WanTransformer:
     """The expert without data, with all its LoRAs, and of its blocks the first two, which have everything in them."""
-    dtype = _dtype(part, model)
-    module = part.build(torch.device("meta"), dtype)
+    module = part.build(torch.device("meta"), model.computes_in(part))
     loras = tuple(replace(lora, start=1.0, end=0.0) for lora in model.loras)
     adapt(module, loras, name, 0.5)
     use_fp8_products(module, model.multiplies_in_fp8)
@@ -295,7 +287,3 @@ def _budget(handle: Model | TextEncoder | VideoVAE, wanted: int) -> int | None:
         return free
     limit = int(handle.memory.budget * GB)
     return limit if free is None else min(free, limit)
-
-
-def _dtype(part: Part, model: Model) -> torch.dtype:
-    return working_dtype(model.dtype, part.stored_dtype, model.placement.device)

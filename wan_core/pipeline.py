@@ -13,8 +13,8 @@ from . import nano
 from .checkpoint import Checkpoints, SavedRun, settings_of
 from .conditioning import ImageChannels, ImageTokens, KnownLatents, TextCondition, VaceCondition, active
 from .forecast import fitted, fitted_encoder, planned
-from .memory import OneAtATime, working_dtype
-from .memory.recovery import is_out_of_memory, release
+from .memory import OneAtATime
+from .memory.recovery import made_room
 from .models import (
     Model,
     TextEncoder,
@@ -160,7 +160,7 @@ def _sampled(model: Model, latents: Tensor, schedule: Schedule, conditions: Cond
 
 def _explained(error: NotFinite, model: Model) -> ValueError:
     part = model.high if error.expert == "high" else model.low
-    dtype = working_dtype(model.dtype, part.stored_dtype, model.placement.device)
+    dtype = model.computes_in(part)
     loras = ", ".join(lora.file.path.name for lora in (*model.folded, *model.loras))
     return ValueError(f"{error}, computed by {part.label} in {str(dtype).removeprefix('torch.')}. Use another "
                       f"precision or another attention{f', leave a LoRA away ({loras})' if loras else ''}, or download "
@@ -173,10 +173,8 @@ def _on_host(model: Model, result: Tensor) -> Tensor:
     try:
         return model.latent_stats.restore(result.cpu())
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not made_room(error, model.placement):
             raise
-        model.placement.clear()
-        release(error, model.placement.device)
     return model.latent_stats.restore(result.cpu())
 
 

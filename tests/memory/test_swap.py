@@ -182,6 +182,13 @@ class LastMoment(AtOnce):
             self.wait(mark)
 
 
+class Ordinary(Pinning):
+    """Hands out host memory as a driver would pin it."""
+
+    def take(self, nbytes):
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+
 class Watched(nn.Module):
     """A block that notes which storage it computes from."""
 
@@ -282,12 +289,6 @@ def test_inputs_on_the_device_meet_weights_on_the_device():
 def test_pinned_memory_stays_pinned():
     """Promise: what is pinned stays so as long as the blocks come and go, is what the file holds, and is released with
     them."""
-    class Ordinary(Pinning):
-        """Host memory as a driver would pin it."""
-
-        def take(self, nbytes):
-            return torch.empty(nbytes, dtype=torch.uint8)
-
     torch.manual_seed(0)
     blocks, x = [Watched(seed) for seed in range(3)], randn(2, 16)
     with torch.no_grad():
@@ -322,12 +323,6 @@ class Threaded(AtOnce):
 @pytest.mark.parametrize("pinned", [False, True])
 def test_in_inference_mode(pinned):
     """Promise: in inference mode, which ComfyUI runs nodes in and the thread that copies is not in, it is the same."""
-    class Ordinary(Pinning):
-        """Host memory as a driver would pin it."""
-
-        def take(self, nbytes):
-            return torch.empty(nbytes, dtype=torch.uint8)
-
     torch.manual_seed(0)
     blocks, x = [Watched(seed) for seed in range(3)], randn(2, 16)
     cpu = torch.device("cpu")

@@ -39,13 +39,11 @@ class Memory:
 
 def free_device_memory(device: torch.device) -> int | None:
     """Bytes that a run can have on a device now, with a margin for what libraries take; None where it does not say."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+    if device.type in ("cuda", "xpu"):
+        backend = getattr(torch, device.type)
+        free, _ = backend.mem_get_info(device)
         # Memory that PyTorch holds and does not use.
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    elif device.type == "xpu":
-        free, _ = torch.xpu.mem_get_info(device)
-        free += torch.xpu.memory_reserved(device) - torch.xpu.memory_allocated(device)
+        free += backend.memory_reserved(device) - backend.memory_allocated(device)
     elif device.type == "mps":
         free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     else:

@@ -1,6 +1,6 @@
 """Where the blocks of a model live: all on the device, or some on the host, from where they come to be computed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -30,6 +30,12 @@ class Layout:
         swapped = min(self.swapped, count)
         return tuple(index for index in range(count) if (index + 1) * swapped // count > index * swapped // count)
 
+    def on_device(self, blocks: Sequence[int]) -> int:
+        """Bytes on the device of blocks that take so many each: those that stay, and the slots of the others."""
+        swapped = set(self.positions(len(blocks)))
+        resident = sum(size for index, size in enumerate(blocks) if index not in swapped)
+        return resident + min(self.slots, len(swapped)) * max((blocks[index] for index in swapped), default=0)
+
     def names(self, module: nn.Module) -> tuple[str, ...]:
         """Names of the swapped blocks in `module`, which may be on the meta device."""
         names = block_names(module)
@@ -37,6 +43,18 @@ class Layout:
 
 
 RESIDENT = Layout()
+
+
+def by_block(sizes: Mapping[str, int], blocks: Sequence[str]) -> tuple[list[int], int]:
+    """Of bytes by the names of tensors: those in each of the `blocks`, and in all other modules together."""
+    each, others = dict.fromkeys(blocks, 0), 0
+    for name, nbytes in sizes.items():
+        block = ".".join(name.split(".", 2)[:2])
+        if block in each:
+            each[block] += nbytes
+        else:
+            others += nbytes
+    return list(each.values()), others
 
 
 def below(names: Sequence[str]) -> Callable[[str], bool]:

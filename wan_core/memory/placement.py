@@ -115,6 +115,8 @@ class OneAtATime:
         if not fits or self._held is None or self._held.holds(part, dtype, layout):
             return
         if self._expected is None or not self._expected.holds(part, dtype, layout):
+            if self._expected:
+                self._expected.close()
             self._expected = Held(part, dtype, layout, self.device, self._pool, prepare)
             self._expected.swap.begin()
 

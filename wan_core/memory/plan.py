@@ -54,10 +54,7 @@ class Need:
 
     def weights(self, layout: Layout) -> int:
         """Bytes of weights on the device: what stays there, and the slots."""
-        swapped = set(layout.positions(len(self.blocks)))
-        resident = sum(size for index, size in enumerate(self.blocks) if index not in swapped)
-        slots = min(layout.slots, len(swapped)) if swapped else 0
-        return self.others + resident + slots * max((self.blocks[index] for index in swapped), default=0)
+        return self.others + layout.on_device(self.blocks)
 
     def peak(self, plan: Plan) -> int:
         """The most that is on the device at a time."""
@@ -96,7 +93,7 @@ def _cheapest(need: Need, budget: int, pinned: int) -> Plan | None:
         for slots in (2, 1):
             for swapped in range(1, len(need.blocks) + 1):
                 plan = Plan(Layout(swapped, slots, pinned), chunk)
-                if need.weights(plan.layout) + need.working(chunk) <= budget:
+                if need.peak(plan) <= budget:
                     return plan
     return None
 

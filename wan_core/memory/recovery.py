@@ -11,6 +11,8 @@ import traceback
 
 import torch
 
+from .placement import Placement
+
 # In lower case. That cuBLAS could not be initialised nearly always means that its workspace found no room.
 _TEXTS = (
     "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed",
@@ -26,6 +28,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _TEXTS)
+
+
+def made_room(error: BaseException, placement: Placement) -> bool:
+    """Take everything of `placement` off its device, if `error` says that memory ran out; whether it does."""
+    if not is_out_of_memory(error):
+        return False
+    placement.clear()
+    release(error, placement.device)
+    return True
 
 
 def release(error: BaseException, device: torch.device) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..memory import RESIDENT, Layout, Memory, Placement, working_dtype
-from ..memory.recovery import is_out_of_memory, release
+from ..memory.recovery import made_room
 from ..presets import CLIPVisionSpec, VAESpec
 from ..text import Tokenizer, UMT5Encoder, encode_pieces, encode_prompts
 from ..vae import Tiling, WanVAE
@@ -110,9 +110,14 @@ class VideoVAE:
     def spec(self) -> VAESpec:
         return self.part.spec
 
+    @property
+    def computes_in(self) -> torch.dtype:
+        """The type that it computes in."""
+        return working_dtype(self.dtype, self.part.stored_dtype, self.placement.device)
+
     def module(self) -> WanVAE:
         """The VAE, ready to run on the placement's device."""
-        return self.placement.place(self.part, working_dtype(self.dtype, self.part.stored_dtype, self.placement.device))
+        return self.placement.place(self.part, self.computes_in)
 
     def encode(self, video: Tensor, on_piece: Callable[[], None] | None = None) -> Tensor:
         """Raw latents of video [B, 3, F, H, W] in [-1, 1]; see `WanVAE.encode`.
@@ -144,11 +149,7 @@ def recovering(handle: Handle, run: Callable[[Handle], Tensor]) -> Tensor:
         try:
             return run(handle)
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            handle.placement.clear()
-            release(error, handle.placement.device)
-            leaner = handle.leaner()
+            leaner = handle.leaner() if made_room(error, handle.placement) else None
             if leaner is None:
                 raise
             log.warning("Wan: out of memory; %s goes on with %s.", handle.part.label,

@@ -3,12 +3,14 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..memory import RESIDENT, Layout, below
+from ..memory.layout import block_names, by_block
 from ..presets import CLIPVisionSpec, TextEncoderSpec, TransformerSpec, VAESpec
 from ..weights import TensorFile, build_module, converted, human_size, load_module, open_model
 
@@ -85,21 +87,21 @@ class Part:
         """The module on the meta device: shapes and names, no numbers."""
         return build_module(self.spec)
 
+    @cached_property
+    def blocks(self) -> list[str]:
+        """Names of the blocks of its module, which can come and go by themselves."""
+        return block_names(self.hollow())
+
     def size(self, dtype: torch.dtype) -> int:
         """Bytes of the weights of the module that `build` makes."""
         return sum(self.sizes(dtype).values())
 
     def resident_size(self, dtype: torch.dtype, layout: Layout) -> int:
         """Bytes of its weights on the device: those that stay there, and the slots of those that come and go."""
-        names = [f"{name}." for name in layout.names(self.hollow())]
-        swapped, resident = dict.fromkeys(names, 0), 0
-        for tensor, nbytes in self.sizes(dtype).items():
-            block = next((name for name in names if tensor.startswith(name)), None)
-            if block is not None:
-                swapped[block] += nbytes
-            elif not names or not tensor.startswith(_TABLES):
-                resident += nbytes
-        return resident + min(layout.slots, len(names)) * max(swapped.values(), default=0)
+        sizes = {name: nbytes for name, nbytes in self.sizes(dtype).items()
+                 if not layout.swapped or not name.startswith(_TABLES)}
+        blocks, others = by_block(sizes, self.blocks)
+        return others + layout.on_device(blocks)
 
     def sizes(self, dtype: torch.dtype) -> dict[str, int]:
         """Bytes of each tensor of the module that `build` makes."""

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ..dit import WanTransformer, check_backend
 from ..memory import RESIDENT, Layout, Memory, Placement, Plan, working_dtype
-from ..memory.layout import block_names
-from ..memory.recovery import is_out_of_memory, release
+from ..memory.recovery import made_room
 from ..presets import VAES, Preset, TransformerSpec, VAESpec
 from ..vae import LatentStats
 from ..weights import LoadError, human_size
@@ -66,6 +65,15 @@ class Model:
         return self.preset.sampling.boundary if self.preset.experts else None
 
     @property
+    def parts(self) -> dict[str, Part]:
+        """The experts by name; a single model is 'low'."""
+        return {"high": self.high, "low": self.low} if self.preset.experts else {"low": self.low}
+
+    def computes_in(self, part: Part) -> torch.dtype:
+        """The type that one of its parts computes in."""
+        return working_dtype(self.dtype, part.stored_dtype, self.placement.device)
+
+    @property
     def spec(self) -> TransformerSpec:
         return self.low.spec
 
@@ -87,22 +95,20 @@ class Model:
 
     def summary(self) -> str:
         """Lines for people: what was found in the files, and how it will be computed."""
-        parts = {"high noise: ": self.high, "low noise: ": self.low} if self.preset.experts else {"": self.low}
-        dtype = working_dtype(self.dtype, self.low.stored_dtype, self.placement.device)
+        dtype = self.computes_in(self.low)
         computed = str(dtype).removeprefix("torch.")
-        stored = {form for part in parts.values() for form in part.file.quantised.values()}
+        stored = {form for part in self.parts.values() for form in part.file.quantised.values()}
         if MULTIPLIED in stored and self.multiplies_in_fp8:
             computed += f", products of {MULTIPLIED} weights in FP8"
-        files = [f"{expert}{part.summary()}, {human_size(part.size(dtype))} on the device"
-                 for expert, part in parts.items()]
+        files = [f"{f'{name} noise: ' if self.preset.experts else ''}{part.summary()}, "
+                 f"{human_size(part.size(dtype))} on the device" for name, part in self.parts.items()]
         return "\n".join([self.preset.title, *files, f"computed in {computed} on {self.placement.device}"])
 
     def record(self) -> dict[str, object]:
         """What a made video is to remember of its model: preset, files, LoRAs with their strengths."""
-        files = (self.high, self.low) if self.preset.experts else (self.low,)
         folded = {lora.key for lora in self.folded}
         loras = (*self.folded, *(lora for lora in self.loras if lora.key not in folded))
-        return {"model": self.preset.name, "files": [part.label for part in files],
+        return {"model": self.preset.name, "files": [part.label for part in self.parts.values()],
                 "loras": [{"file": lora.file.path.name, **lora.strengths} for lora in loras]}
 
     def name_at(self, timestep: float) -> str:
@@ -124,9 +130,8 @@ class Model:
             raise ValueError(f"{file.path.name} is given a strength of its own for low noise, and {self.preset.title} "
                              "is a single model. Give one strength.")
         strengths = {"high": strength, "low": strength if low is None else low}
-        parts = {"high": self.high, "low": self.low} if self.preset.experts else {"low": self.low}
         matched = {name: file.match(part.file.shapes(), name if self.preset.experts else None)
-                   for name, part in parts.items()}
+                   for name, part in self.parts.items()}
         return replace(self, loras=(*self.loras, Lora(file, matched, strengths, start, end, blocks)))
 
     def merged(self) -> "Model":
@@ -135,8 +140,7 @@ class Model:
         LoRAs with a range of noise levels, and those on quantised weights, stay on the activations. `self` is the model
         without the merge, as it was.
         """
-        parts = {"high": self.high, "low": self.low} if self.preset.experts else {"low": self.low}
-        files, left = fold({name: part.file for name, part in parts.items()}, self.loras)
+        files, left = fold({name: part.file for name, part in self.parts.items()}, self.loras)
         low = replace(self.low, file=files["low"])
         return replace(self, low=low, high=replace(self.high, file=files["high"]) if self.preset.experts else low,
                        loras=left, folded=(*self.folded, *(lora for lora in self.loras if lora not in left)))
@@ -171,7 +175,7 @@ class Model:
 
     def _wanted(self, name: str) -> tuple[Part, torch.dtype, Layout]:
         part, layout = self.high if name == "high" else self.low, self.plan.layout if self.plan else RESIDENT
-        return part, working_dtype(self.dtype, part.stored_dtype, self.placement.device), layout
+        return part, self.computes_in(part), layout
 
     def state(self, name: str, sigma: float) -> Hashable:
         """Equal for noise levels at which `get` gives the same weights."""
@@ -183,11 +187,9 @@ class Model:
         Everything is taken off the device. The result is the same but for the rounding of products in smaller chunks.
         None for any other `error`; raises torch.OutOfMemoryError, with what would help, where nothing is left to save.
         """
-        if not is_out_of_memory(error):
+        if not made_room(error, self.placement):
             return None
-        self.placement.clear()
-        release(error, self.placement.device)
-        blocks = len(block_names(self.low.hollow()))
+        blocks = len(self.low.blocks)
         tokens = math.prod(shape[2:]) // math.prod(self.spec.patch_size)
         plan = (self.plan or Plan()).leaner(blocks, tokens)
         if plan is None:

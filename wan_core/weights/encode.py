@@ -18,8 +18,8 @@ Encoder = Callable[[Tensor], dict[str, Tensor]]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 LayoutOf = Callable[[tuple[int, ...]], Layout]
 
-# Largest numbers of the FP8 types; beyond them e4m3 has no infinity to fall back to.
-_LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+# Beyond its largest number e4m3 has no infinity to fall back to.
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 _LARGEST_FP4 = 6.0
 # Middles between the numbers 0, 0.5, 1, 1.5, 2, 3, 4, 6 of E2M1, and whether the upper one, of an even code, gets them.
 _MIDDLES = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
@@ -30,7 +30,8 @@ _CHUNK = 1 << 22
 
 def plain(dtype: torch.dtype) -> Encoder:
     """FP8 without a scale; what is too large becomes the largest number."""
-    return lambda weight: {"codes": weight.clamp(-_LARGEST[dtype], _LARGEST[dtype]).to(dtype)}
+    largest = torch.finfo(dtype).max
+    return lambda weight: {"codes": weight.clamp(-largest, largest).to(dtype)}
 
 
 def plain_layout(dtype: torch.dtype) -> LayoutOf:
@@ -59,10 +60,9 @@ def per_row_layout(shape: tuple[int, ...]) -> Layout:
 
 
 def _scaled(weight: Tensor, peak: Tensor) -> dict[str, Tensor]:
-    largest = _LARGEST[torch.float8_e4m3fn]
     # A weight of zeros has any scale.
-    scale = torch.where(peak == 0, 1.0, peak / largest)
-    return {"codes": (weight / scale).clamp(-largest, largest).to(torch.float8_e4m3fn), "scale": scale}
+    scale = torch.where(peak == 0, 1.0, peak / _LARGEST)
+    return {"codes": (weight / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), "scale": scale}
 
 
 def int8(weight: Tensor) -> dict[str, Tensor]:
@@ -79,14 +79,13 @@ def int8_layout(shape: tuple[int, ...]) -> Layout:
 
 def mxfp8(weight: Tensor) -> dict[str, Tensor]:
     """FP8 e4m3 with a power of two for each 32 columns: the least with which none of them is too large."""
-    largest = _LARGEST[torch.float8_e4m3fn]
 
     def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
         blocks = rows.unflatten(1, (-1, MXFP8.block))
-        mantissa, exponent = (blocks.abs().amax(2) / largest).clamp(min=2.0 ** -127).frexp()
+        mantissa, exponent = (blocks.abs().amax(2) / _LARGEST).clamp(min=2.0 ** -127).frexp()
         # frexp's mantissa is 1/2 for powers of two. The exponent 0 stands for zeros.
         stored = (exponent - (mantissa == 0.5).to(exponent.dtype) + 127).clamp(0, 254)
-        scaled = blocks.ldexp((127 - stored).unsqueeze(2)).clamp_(-largest, largest)
+        scaled = blocks.ldexp((127 - stored).unsqueeze(2)).clamp_(-_LARGEST, _LARGEST)
         return scaled.flatten(1).to(torch.float8_e4m3fn), stored.to(torch.uint8)
 
     codes, exponents = _by_rows(weight, encode)
@@ -100,12 +99,11 @@ def mxfp8_layout(shape: tuple[int, ...]) -> Layout:
 
 def nvfp4(weight: Tensor) -> dict[str, Tensor]:
     """4-bit floats with an FP8 scale for each 16 columns and a number for the whole weight."""
-    largest = _LARGEST[torch.float8_e4m3fn]
-    tensor_scale = weight.abs().max() / (largest * _LARGEST_FP4)
+    tensor_scale = weight.abs().max() / (_LARGEST * _LARGEST_FP4)
 
     def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
         blocks = rows.unflatten(1, (-1, NVFP4.block))
-        scale = _quotient(blocks.abs().amax(2) / _LARGEST_FP4, tensor_scale).clamp(max=largest).to(torch.float8_e4m3fn)
+        scale = _quotient(blocks.abs().amax(2) / _LARGEST_FP4, tensor_scale).clamp(max=_LARGEST).to(torch.float8_e4m3fn)
         codes = _to_e2m1(_quotient(blocks, tensor_scale * scale.float().unsqueeze(2))).flatten(1)
         return codes[:, ::2] << 4 | codes[:, 1::2], scale.view(torch.uint8)
 

@@ -19,7 +19,7 @@ SWITCH = ("auto", "on", "off")
 # The name of the weight format that can be multiplied.
 MULTIPLIED = Scaled(torch.float8_e4m3fn).name
 
-_LARGEST = 448.0
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 # Sides of a matrix must be multiples of this.
 _GRAIN = 16
 _ADA, _HOPPER = (8, 9), (9, 0)

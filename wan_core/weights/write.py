@@ -62,9 +62,7 @@ def _statements(name: str, target: Target) -> dict[str, Tensor]:
     """What a safetensors file says of a weight's format, as bytes of JSON."""
     if not target.stated:
         return {}
-    text = json.dumps({"format": target.stated}).encode()
-    # Whatever follows begins at a multiple of 8.
-    text += b" " * (-len(text) % 8)
+    text = _json({"format": target.stated})
     return {f"{name.removesuffix('weight')}comfy_quant": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
 
@@ -103,10 +101,14 @@ def _header(entries: Layout, metadata: Mapping[str, str]) -> bytes:
         end = position + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
-    text = json.dumps(header).encode()
-    # Readers want the data to begin at a multiple of 8.
-    text += b" " * (-len(text) % 8)
+    text = _json(header)
     return len(text).to_bytes(8, "little") + text
+
+
+def _json(table: Mapping[str, object]) -> bytes:
+    """JSON with spaces behind it, so that whatever follows begins at a multiple of 8, as readers want it."""
+    text = json.dumps(table).encode()
+    return text + b" " * (-len(text) % 8)
 
 
 def _write_gguf(file: TensorFile, target: Target, path: Path, on_tensor: OnTensor) -> None:

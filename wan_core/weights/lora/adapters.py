@@ -43,9 +43,19 @@ class Adapter(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        sizes = []
-        self.map(lambda tensor: sizes.append(tensor.nbytes) or tensor)
-        return sum(sizes)
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Its tensors, in the order in which `map` visits them."""
+        found = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(note)
+        return found
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Adapter":
         """The same adapter with `change` of its tensors, which are visited in a fixed order."""

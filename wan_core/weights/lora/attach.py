@@ -137,19 +137,15 @@ class _Tensors(nn.Module):
 
     def __init__(self, adapter: Adapter) -> None:
         super().__init__()
-        self._adapter, self._count = adapter, 0
-
-        def register(tensor: Tensor) -> Tensor:
-            self.register_buffer(f"tensor{self._count}", tensor)
-            self._count += 1
-            return tensor
-
-        adapter.map(register)
+        self._adapter = adapter
+        for index, tensor in enumerate(adapter.tensors):
+            self.register_buffer(f"tensor{index}", tensor)
 
     @property
     def adapter(self) -> Adapter:
         """The adapter with its tensors where they are now."""
-        tensors = (self._buffers[f"tensor{index}"] for index in range(self._count))
+        # In their order; a gain comes behind them.
+        tensors = iter(self._buffers.values())
         return self._adapter.map(lambda _: next(tensors))
 
 
