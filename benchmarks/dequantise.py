@@ -19,6 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.limits import copy_rate  # noqa: E402
 from benchmarks.shared import best_device, device_name, median_time  # noqa: E402
 from wan_core.weights.fused import fused_blocks, fused_scaled, kernels_for  # noqa: E402
 from wan_core.weights.gguf_blocks import FORMATS  # noqa: E402
@@ -38,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     rounds = options.rounds or (1 if device.type == "cpu" else 20)
-    rate = copy_rate(rounds, device)
+    rate = copy_rate(device)
     print(f"{device_name(device)}, torch {torch.__version__}, {ROWS}x{COLUMNS} to {options.dtype}, copies at "
           f"{rate / 1e9:.0f} GB/s")
     if device.type == "cpu":
@@ -87,13 +88,6 @@ def scaled_weight(dtype: torch.dtype, device: torch.device) -> Mapping[str, Tens
     """With one scale a row."""
     codes = torch.randint(0, 64, (ROWS, COLUMNS), dtype=torch.uint8, device=device)
     return {"codes": codes.view(dtype), "scale": torch.rand(ROWS, 1, device=device)}
-
-
-def copy_rate(rounds: int, device: torch.device) -> float:
-    """Bytes a second, those that are read and those that are written."""
-    source = torch.empty(1 << 29, dtype=torch.uint8, device=device).zero_()
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_time(lambda: target.copy_(source), max(rounds, 5), device)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ soon as it is measured.
 """
 
 import argparse
-import gc
 import statistics
 import sys
 import tempfile
@@ -29,7 +28,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.shared import Report, best_device, host_mb, median_time, random_part, synchronise  # noqa: E402
+from benchmarks.limits import transfer_rate  # noqa: E402
+from benchmarks.shared import Report, best_device, free, host_mb, random_part, synchronise  # noqa: E402
 from wan_core import load_model, load_text_encoder, load_vae  # noqa: E402
 from wan_core.conditioning import TextCondition  # noqa: E402
 from wan_core.forecast import fitted, needs, operations  # noqa: E402
@@ -270,14 +270,6 @@ def against_limit(bench: Bench, model: Model, clip: Clip, case: str, seconds: fl
                      gb_per_s=rate / 1e9)
 
 
-def transfer_rate(device: torch.device) -> float:
-    """Bytes a second from pinned memory to the device, measured with as many as a block has; on a CPU of a copy."""
-    nbytes = 1 << (29 if device.type == "cuda" else 25)
-    source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda").fill_(1)
-    target = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    return nbytes / median_time(lambda: target.copy_(source, non_blocking=True), 3, device)
-
-
 def prompts(spec: TransformerSpec) -> list[TextCondition]:
     """Embeddings of a positive and a negative prompt."""
     return [TextCondition(torch.randn(1, PROMPT_TOKENS, spec.text_dim)) for _ in range(2)]
@@ -362,13 +354,6 @@ def predictions(bench: Bench) -> None:
     fitting, peak = fitted(vae, FULL.latents)
     bench.report.add("predicted: VAE decode, 81 frames 1280x720", "peak, GB", peak / GB, (0, FULL.vae_budget),
                      tiles=f"{fitting.tiling.width}x{fitting.tiling.height}" if fitting.tiling else "none")
-
-
-def free(device: torch.device) -> None:
-    """Give back what a case has left over."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -5,16 +5,17 @@ is there in seconds and takes half a gigabyte of disk, while everything that is 
 memory, has its full size.
 """
 
+import gc
 import itertools
 import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wan_core.models import Part
 from wan_core.presets import TransformerSpec, VAESpec
@@ -47,11 +48,41 @@ class Report:
         print(f"| {case} | {what} | {value:.4g}{f' ({beside})' if beside else ''} | {wanted} | {word} |", flush=True)
         self._write()
 
+    def compare(self, case: str, times: Mapping[str, Sequence[float]], limit: float | None,
+                most: Mapping[str, float] | None = None, **facts: object) -> None:
+        """Seconds of several ways to do the same work, "ours" and others', and of the machine's `limit`.
+
+        Medians count. `most` has goals: the most that "ours", in seconds, or "ours/NAME" may be; one for something that
+        was not measured is left out.
+        """
+        seconds = {name: statistics.median(values) for name, values in times.items()}
+        known = {**seconds, **({} if limit is None else {"limit": limit})}
+        ratios = {f"ours/{name}": seconds["ours"] / value for name, value in known.items() if name != "ours"}
+        values = {"ours": seconds["ours"], **ratios}
+        goals = {name: {"most": goal, "met": values[name] <= goal} for name, goal in (most or {}).items()
+                 if name in values}
+        self._content["results"].append({"case": case, "seconds": seconds, "limit": limit, "ratios": ratios,
+                                         "goals": goals, "all": {name: list(one) for name, one in times.items()},
+                                         **facts})
+        beside = ", ".join([*(f"{name} {value:.4g}" for name, value in known.items() if name != "ours"),
+                            *(f"{name} {value:.3g}" for name, value in ratios.items())])
+        wanted = ", ".join(f"{name} <= {goal['most']:g}" for name, goal in goals.items())
+        word = {None: "", True: "met", False: "**not met**"}[all(goal["met"] for goal in goals.values())
+                                                             if goals else None]
+        print(f"| {case} | s | {seconds['ours']:.4g}{f' ({beside})' if beside else ''} | {wanted} | {word} |",
+              flush=True)
+        self._write()
+
     def note(self, case: str, text: str) -> None:
         """Something that could not be measured, and why."""
         self._content["results"].append({"case": case, "note": text})
         print(f"| {case} | {text} | | | |", flush=True)
         self._write()
+
+    @property
+    def content(self) -> dict[str, object]:
+        """All results so far, as they are in the file: "scale", "machine" and a list of "results"."""
+        return self._content
 
     def _write(self) -> None:
         if self._path:
@@ -86,6 +117,13 @@ def output_of(command: list[str]) -> str | None:
         return None
 
 
+def free(device: torch.device) -> None:
+    """Give back what a case has left over."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def synchronise(device: torch.device) -> None:
     if device.type != "cpu":
         getattr(torch, device.type).synchronize(device)
@@ -106,8 +144,41 @@ def median_time(work: Callable[[], object], rounds: int, device: torch.device) -
     return statistics.median(times[rounds > 1:])
 
 
+def interleave(work: dict[str, Callable[[], object]], rounds: int, device: torch.device, deadline: float,
+               failed: Callable[[str, Exception], None]) -> dict[str, list[float]]:
+    """Seconds of each piece of work, in turn, `rounds` times after one to warm up; no round begins behind `deadline`,
+    a value of `time.perf_counter`, but the first that counts.
+
+    Work that fails is told to `failed`, which may raise, and left out.
+    """
+    work, times = dict(work), {name: [] for name in work}
+    for number in range(rounds + 1):
+        if number > 1 and time.perf_counter() > deadline:
+            break
+        for name, run in tuple(work.items()):
+            synchronise(device)
+            began = time.perf_counter()
+            try:
+                run()
+                synchronise(device)
+            except Exception as error:
+                failed(name, error)
+                del work[name], times[name]
+                continue
+            if number:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    """Small random values everywhere, also where an initialisation puts zeros."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=SPREAD)
+    return module
+
+
 def host_mb(what: str = "VmRSS") -> float:
-    """Memory of this process in MB: all that is resident, or RssAnon, which leaves mapped files out."""
+    """Memory of this process in MB: all that is resident, RssAnon (mapped files left out), or VmHWM (the peak)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1e3
 

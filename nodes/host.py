@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from ..wan_core import nano
 from ..wan_core.memory import RESIDENT, Layout, OneAtATime, Placement
-from ..wan_core.models import Model, Part, TextEncoder, VideoVAE, VisionEncoder, load_vae
-from ..wan_core.presets import VAES, VAESpec
-from ..wan_core.vae import LatentStats
+from ..wan_core.models import Model, Part, TextEncoder, VideoVAE, VisionEncoder
+from ..wan_core.presets import VAESpec
+from . import previews
 
 try:
     import comfy.latent_formats
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 BUNDLED = {
     "diffusion_models": (*nano.TRANSFORMERS, nano.VACE_MODULE),
     "text_encoders": (nano.TEXT_ENCODER,),
-    "vae": (nano.VAE, nano.VAE22),
+    "vae": (nano.VAE, nano.VAE22, nano.TINY_VAE),
     "clip_vision": (nano.CLIP_VISION,),
     "loras": (),
 }
@@ -59,9 +59,6 @@ BUNDLED = {
 SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin")
 MORE_SUFFIXES = MappingProxyType(dict.fromkeys(("diffusion_models", "text_encoders"),
                                                (".gguf", ".safetensors.index.json")))
-
-# The VAEs of the nano models, by what they are.
-NANO_VAES = MappingProxyType({VAES["nano_vae"]: nano.VAE, VAES["nano_vae22"]: nano.VAE22})
 
 Handle = TypeVar("Handle", Model, TextEncoder, VisionEncoder, VideoVAE)
 Preview = tuple | None
@@ -85,12 +82,16 @@ class Standalone:
     """Plain folders under the working directory: models/<folder>, output."""
 
     def model_names(self, folder: str) -> list[str]:
-        """Names for a list widget: the bundled nano models, then the files of the folder ('vae', say)."""
-        return [f"nano/{path.name}" for path in BUNDLED[folder]] + self._files(folder)
+        """Names for a list widget: the bundled nano models, then the files of the folder ('vae', say), and behind
+        the VAEs those for previews."""
+        names = [f"nano/{path.name}" for path in BUNDLED[folder]] + self._files(folder)
+        return names + [f"{previews.FOLDER}/{name}" for name in self._preview_vaes() if folder == "vae"]
 
     def model_path(self, folder: str, name: str) -> Path:
         """The file behind a name of `model_names`. Raises ValueError if there is none."""
         path = bundled_file(folder, name) or self._find(folder, name)
+        if path is None and folder == "vae" and name.startswith(f"{previews.FOLDER}/"):
+            path = self._find(*name.split("/", 1))
         if path is None or not path.is_file():
             raise ValueError(f"there is no {name!r} among the model files in {folder!r}. Put it there, "
                              "or choose another one from the list.")
@@ -152,9 +153,9 @@ class Standalone:
         subfolder = target.parent.relative_to(output).as_posix()
         return SaveTarget(target.parent / name, {"filename": name, "subfolder": subfolder, "type": "output"})
 
-    def checkpoints_folder(self) -> Path:
-        """Where runs are saved while they go on: a folder that is not emptied when the program starts again."""
-        return Path("output", "wan-checkpoints")
+    def user_folder(self, name: str) -> Path:
+        """A folder of the user's own, which is not emptied when the program starts again."""
+        return Path("output", name)
 
     def stores_workflows(self) -> bool:
         """Whether saved files may hold the graph that made them."""
@@ -165,6 +166,9 @@ class Standalone:
         endings = (*SUFFIXES, *MORE_SUFFIXES.get(folder, ()))
         return sorted(path.relative_to(root).as_posix() for path in root.rglob("*")
                       if path.name.lower().endswith(endings))
+
+    def _preview_vaes(self) -> list[str]:
+        return previews.for_wan(self._files(previews.FOLDER))
 
     def _find(self, folder: str, name: str) -> Path | None:
         root = Path("models", folder).resolve()
@@ -232,13 +236,18 @@ class ComfyUI(Standalone):
             yield advance
 
     def previewer(self, spec: VAESpec, device: torch.device) -> Callable[[Tensor], Preview] | None:
+        method = comfy_arguments.preview_method
+        if method == latent_preview.LatentPreviewMethod.NoPreviews:
+            return None
+        # Who has chosen the core's rough colours gets them.
+        rough = method == latent_preview.LatentPreviewMethod.Latent2RGB and spec not in previews.NANO_PREVIEWS
+        found = [] if rough else [self._find(previews.FOLDER, name) for name in self._preview_vaes()]
+        picture = previews.picture_of(spec, [file for file in found if file], device)
+        if picture is not None:
+            return lambda clean: ("JPEG", latent_preview.preview_to_image(picture(clean)), comfy_arguments.preview_size)
         formats = {"wan21": comfy.latent_formats.Wan21, "wan22": comfy.latent_formats.Wan22}
         previewer = latent_preview.get_previewer(device, formats[spec.kind]())
-        if previewer is None:
-            return None
-        if spec in NANO_VAES:
-            return _nano_preview(NANO_VAES[spec])
-        return lambda clean: previewer.decode_latent_to_preview_image("JPEG", clean)
+        return previewer and (lambda clean: previewer.decode_latent_to_preview_image("JPEG", clean))
 
     def save_target(self, prefix: str, suffix: str, width: int, height: int) -> SaveTarget:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
@@ -246,9 +255,9 @@ class ComfyUI(Standalone):
         name = f"{name}_{counter:05}_{suffix}"
         return SaveTarget(Path(folder, name), {"filename": name, "subfolder": subfolder, "type": "output"})
 
-    def checkpoints_folder(self) -> Path:
+    def user_folder(self, name: str) -> Path:
         # ComfyUI empties its temp folder whenever it starts.
-        return Path(folder_paths.get_user_directory(), "wan-checkpoints")
+        return Path(folder_paths.get_user_directory(), name)
 
     def stores_workflows(self) -> bool:
         return not comfy_arguments.disable_metadata
@@ -382,18 +391,6 @@ class _Drop:
     def __call__(self, patcher: object, unpatch_all: bool) -> None:
         if unpatch_all:
             self.weights.clear()
-
-
-def _nano_preview(file: Path) -> Callable[[Tensor], Preview]:
-    """ComfyUI knows the released VAEs' latents only; a nano VAE is small enough to really decode a frame."""
-    vae = load_vae(file, placement=OneAtATime("cpu"))
-    stats = LatentStats.of(vae.spec)
-
-    def preview(clean: Tensor) -> Preview:
-        frame = vae.decode(stats.restore(clean[:1, :, :1].float().cpu()))[0, :, 0]
-        return "JPEG", latent_preview.preview_to_image(frame.movedim(0, -1)), comfy_arguments.preview_size
-
-    return preview
 
 
 HOST = Standalone() if folder_paths is None else ComfyUI()

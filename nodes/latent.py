@@ -89,7 +89,7 @@ class WanCoreDecode:
     def decode(self, samples: dict, vae: ComfyVAE, tile_size: int, tile_overlap: int,
                trim_latent: int = 0) -> tuple[Tensor]:
         made_for = samples.get(MADE_FOR)
-        if made_for and isinstance(vae, ComfyVAE) and vae.vae.spec != VAES[made_for]:
+        if made_for and isinstance(vae, ComfyVAE) and not vae.vae.fits(VAES[made_for]):
             raise ValueError(f"{vae.vae.part.label} is not the VAE of the model that made this latent. "
                              f"Load {made_for} in the VAE loader.")
         latents = samples["samples"]

@@ -27,8 +27,10 @@ PRECISION = ([AUTO, *DTYPES], {
                "files), float32 on a CPU."})
 ATTENTION = (list(BACKENDS), {
     "default": "sdpa",
-    "tooltip": "How attention is computed. sdpa lets PyTorch choose its fastest kernel; the others hold it to one "
-               "kernel, for comparison or where a driver's choice misbehaves."})
+    "tooltip": "How attention is computed. sdpa lets PyTorch choose its kernel, its others hold it to one. auto: the "
+               "fastest exact one that runs here. flash2, flash3, sage, sage3 are packages; sage and sage3 are faster "
+               "and less exact. What cannot run gives way to sdpa, and the log says why. For noise levels of their "
+               "own, see Wan Attention."})
 # Optional, because prompts were saved before there was this widget.
 WEIGHTS = ([AS_STORED, *TARGETS], {
     "default": AS_STORED,

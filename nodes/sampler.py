@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..wan_core.cache import Report
 from ..wan_core.checkpoint import Checkpoints
 from ..wan_core.conditioning import check_values
 from ..wan_core.forecast import planned
@@ -74,7 +75,8 @@ class WanCoreSampler:
                    "expert at the model's boundary by itself. The same seed gives the same video on every machine but "
                    "for rounding.")
     CATEGORY = "Wan/sampling"
-    SEARCH_ALIASES = ["wan", "ksampler", "ksampler advanced", "denoise", "unipc", "dpm++", "euler", "moe sampler"]
+    SEARCH_ALIASES = ["wan", "ksampler", "ksampler advanced", "denoise", "unipc", "dpm++", "euler", "lcm",
+                      "res_multistep", "deis", "sa_ode", "moe sampler"]
     RETURN_TYPES = ("LATENT",)
     RETURN_NAMES = ("latent",)
     OUTPUT_TOOLTIPS = ("The denoised latent, for Wan Decode or VAE Decode.",)
@@ -89,7 +91,7 @@ class WanCoreSampler:
                 "positive": ("CONDITIONING", {
                     "tooltip": "What the video should show, from Wan Text Encode or CLIP Text Encode."}),
                 "negative": ("CONDITIONING", {
-                    "tooltip": "What it should not show. Not used where guidance is 1."}),
+                    "tooltip": "What it should not show. Not used where guidance is 1, unless there is a Wan NAG."}),
                 "latent": ("LATENT", {
                     "tooltip": "Size and length of the video (Wan Empty Latent, EmptyHunyuanLatentVideo), or a video "
                                "to start from (VAE Encode) with denoise below 1."}),
@@ -120,6 +122,8 @@ class WanCoreSampler:
         log.info("Wan: %s, %d steps of %s from sigma %.3f to %.3f, shift %g, guidance %s", model.preset.title,
                  schedule.steps, options.solver, schedule.sigmas[0], schedule.sigmas[-1], shift,
                  f"{guidance.high:g} and {guidance.low:g}" if model.preset.experts else f"{guidance.low:g}")
+        if guided := model.guidance.record():
+            log.info("Wan: guidance options: %s", ", ".join(f"{name} {value}" for name, value in guided.items()))
         model, told = planned(model, shape, [*conditions.positive, *conditions.negative])
         if told:
             HOST.say(node_id, told.bars())
@@ -127,17 +131,22 @@ class WanCoreSampler:
             # What of this model is there already belongs to the run.
             others = reset_peak(model.placement.device) - model.placement.nbytes
         previewer = HOST.previewer(model.vae_spec, model.placement.device)
+        passes = {}
         with HOST.progress(schedule.steps, "Wan sampler") as advance:
             def on_step(step: Step) -> None:
+                passes[step.index] = step.branches, step.reused
                 # A run that goes on from where it was saved begins in the middle.
                 advance(step.index + 1, _preview(previewer, step))
 
             result = sample(model, samples if noise is not None else _noisy(model, samples, schedule), schedule,
                             conditions, guidance, noise=noise, mask=mask, solver=options.solver,
-                            checkpoints=_checkpoints(model), on_step=on_step,
+                            seed=options.seed, checkpoints=_checkpoints(model), on_step=on_step,
                             on_block=lambda block: HOST.check_interrupt())
+        said = [str(Report.of(passes))] if model.cache else []
         if told:
-            HOST.say(node_id, told.bars(measured_peak(model.placement.device, others)))
+            said.append(told.bars(measured_peak(model.placement.device, others)))
+        if said:
+            HOST.say(node_id, "\n".join(said))
         result = _exchanged(model, result, schedule).to(HOST.result_device())
         return ({**latent, "samples": result, MADE_FOR: model.preset.vae},)
 
@@ -154,7 +163,9 @@ def _widgets() -> dict:
         "solver": (list(SOLVERS), {
             "default": "unipc",
             "tooltip": "unipc: Wan's own. dpm++: official as well. euler: simplest, for models distilled to few steps. "
-                       "Each has its official noise schedule."}),
+                       "Each has its official noise schedule. lcm: fresh noise at every step, for models distilled "
+                       "that way (Wan Schedule says for which). res_multistep: much like unipc. deis, sa_ode: mostly "
+                       "the closest to the exact result from 12 steps on, sa_ode where shift is 5 or more."}),
         "shift": ("FLOAT", {
             "default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1,
             "tooltip": "How many of the steps are spent at high noise, on layout and motion. 0: the model's own (5 for "
@@ -241,4 +252,4 @@ def _checkpoints(model: Model) -> Checkpoints | None:
     """Where a run is saved while it goes on, unless the user wants none. Few runs that were stopped are taken up."""
     if not model.memory.save_every:
         return None
-    return Checkpoints(HOST.checkpoints_folder(), model.memory.save_every, keep=KEPT_RUNS)
+    return Checkpoints(HOST.user_folder("wan-checkpoints"), model.memory.save_every, keep=KEPT_RUNS)

@@ -19,6 +19,7 @@ from tests.tiny_runs import SPEC, tiny_model, tiny_run, write_tiny
 from wan_core import Checkpoints, load_model, load_text_encoder, load_vae, open_lora
 from wan_core.checkpoint import SavedRun
 from wan_core.dit import BACKENDS
+from wan_core.dit.attention.backend import Backend
 from wan_core.memory import Layout, OneAtATime, Plan
 from wan_core.models import VideoVAE, add_vace
 from wan_core.pipeline import generate
@@ -66,7 +67,7 @@ def steps_of(model, **how):
 
 
 @pytest.mark.parametrize("kind", ["single", "pair", "lora"])
-@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler", "deis"])
 def test_a_run_goes_on_where_it_was_stopped(folder, tmp_path, caplog, solver, kind):
     """Promise: stopped behind any step, across the experts' boundary and a LoRA's range too, the same run goes on with
     the next step and gives the same bits; its file is gone then."""
@@ -80,6 +81,18 @@ def test_a_run_goes_on_where_it_was_stopped(folder, tmp_path, caplog, solver, ki
         said = f"going on at step {after + 2} of 4" if after < 3 else "all steps are done"
         assert said in caplog.records[-1].getMessage()
         assert not list(tmp_path.iterdir())
+
+
+def test_noise_of_the_steps_goes_on_too(folder, tmp_path):
+    """Promise: a solver that adds noise at every step goes on with the same noise, never with another seed's run."""
+    model, how = tiny_model(folder, "pair"), {"steps": 4, "solver": "lcm", "checkpoints": Checkpoints(tmp_path)}
+    expected = {seed: tiny_run(model, step_seed=seed, **how) for seed in (1, 2)}
+    assert not torch.equal(expected[1], expected[2])
+    with pytest.raises(Stop):
+        tiny_run(model, step_seed=1, on_step=stopping(1), **how)
+    assert torch.equal(tiny_run(model, step_seed=2, **how), expected[2])
+    result, told = steps_of(model, step_seed=1, **how)
+    assert torch.equal(result, expected[1]) and told == [2, 3] and not list(tmp_path.iterdir())
 
 
 def test_a_run_that_is_stopped_again_and_again(folder, tmp_path):
@@ -123,13 +136,13 @@ def test_the_chunk_is_the_saved_runs_and_swapping_makes_no_difference(folder, tm
 
 def test_the_attention_is_the_saved_runs(folder, tmp_path, monkeypatch):
     """Promise: a run that had to give up its attention goes on without it."""
-    def broken(q, k, v, mask):
+    def broken(q, k, v, bias):
         return torch.full_like(q, torch.nan)
 
-    monkeypatch.setitem(BACKENDS, "sdpa-math", broken)
+    monkeypatch.setitem(BACKENDS, "sdpa-math", Backend(broken))
     model = tiny_model(folder, "single", attention="sdpa-math")
     stopped(model, Checkpoints(tmp_path), 0)
-    monkeypatch.setitem(BACKENDS, "sdpa-math", lambda *_: pytest.fail("it was used again"))
+    monkeypatch.setitem(BACKENDS, "sdpa-math", Backend(lambda *_: pytest.fail("it was used again")))
     result = tiny_run(model, checkpoints=Checkpoints(tmp_path))
     assert torch.equal(result, tiny_run(tiny_model(folder, "single")))
 

@@ -15,6 +15,7 @@ from tests.small_models import save_module, write_hollow
 from tests.weights.lora.lora_files import low_rank, low_rank_file, write
 from wan_core import Checkpoints, generate, load_model, load_text_encoder, load_vae, nano
 from wan_core.__main__ import main
+from wan_core.dit import BACKENDS
 from wan_core.memory import OneAtATime
 from wan_core.presets import TEXT_ENCODERS, TRANSFORMERS, VAES, TransformerSpec
 from wan_core.text import UMT5Encoder
@@ -81,6 +82,32 @@ def test_every_option_reaches_the_run(shell, tmp_path):
         "seed": 5, "solver": "dpm++", "shift": 4.0, "guidance": [2.5, 2.5], "fps": 12.5, "model": "nano_t2v",
         "files": ["model.safetensors"], "loras": []}
     assert read_video(tmp_path / "clip.mp4").shape == (5, 16, 32, 3)
+
+
+def test_a_named_schedule_reaches_the_run(shell, tmp_path):
+    """Its solver and guidance stand in the file beside its name; steps that it does not have are one line."""
+    status, _, _ = shell("--schedule", "lightning")
+    settings = read_metadata(tmp_path / "clip.mp4")["comment"]
+    assert status == 0 and {name: settings[name] for name in ("schedule", "steps", "solver", "shift", "guidance")} == {
+        "schedule": "lightning", "steps": 2, "solver": "euler", "shift": 5.0, "guidance": [1.0, 1.0]}
+    status, _, error = shell("--schedule", "fastwan")
+    assert status == 2 and error[-1] == "error: 'fastwan' is made for 3 steps, and 2 were asked for"
+
+
+def test_options_of_guidance_reach_the_run(shell, tmp_path):
+    """What refines guidance stands in the file; what cannot be read is one line that names its option."""
+    status, _, _ = shell("--guidance-range", "0.999,0.5", "--guidance-steps", "4*2,1", "--cfg-zero-star", "1", "--apg",
+                         "--nag", "5,3", "--skip-blocks", "1-2@0.9,0.1")
+    assert status == 0
+    assert read_metadata(tmp_path / "clip.mp4")["comment"]["guidance options"] == {
+        "sigmas": {"start": 0.999, "end": 0.5}, "scales": [4.0, 4.0, 1.0], "zero_star": True, "zero_steps": 1,
+        "projection": {"eta": 0.0, "momentum": -0.75, "threshold": 0.038, "per_element": True},
+        "skipped": {"blocks": [1, 2], "scale": 0.0, "sigmas": {"start": 0.9, "end": 0.1}},
+        "nag": {"scale": 5.0, "tau": 3.0, "alpha": 0.25}}
+    for option, value in (("--guidance-range", "1"), ("--nag", "1,2,3,4"), ("--nag", "much"), ("--skip-blocks", "2@1")):
+        status, _, errors = shell(option, value)
+        assert status == 2 and errors[-1].startswith(f"error: {option} is given")
+    assert shell("--skip-blocks", "6")[2][-1].startswith("error: block 6 is to be skipped, and the model has blocks 0")
 
 
 def test_expert_pair_from_files(shell, files, tmp_path):
@@ -289,9 +316,27 @@ def spiece_of(files) -> bytes:
     return load_text_encoder(files.text_encoder).tokenizer.to_bytes()
 
 
+def test_attention_by_noise_level_reaches_the_run(shell, tmp_path, caplog):
+    """--attention is the base without a range, and repeated with ranges; --radial stands in the file."""
+    status, _, _ = shell("--attention", "sdpa-math", "--attention", "sage3=1..0.9", "--radial", "0.25,0.99,2")
+    assert status == 0 and "Attention 'sage3' cannot run here, and sdpa takes its place" in caplog.text
+    assert read_metadata(tmp_path / "clip.mp4")["comment"]["radial attention"] == {
+        "decay": 0.25, "start": 0.99, "dense_blocks": 2}
+
+
+def test_the_backends_of_a_device_are_listed(capsys):
+    """`attention` says of every backend whether it runs, and of others why they do not."""
+    assert main(["attention", "--device", "cpu", "--dtype", "float32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(BACKENDS)
+    assert lines[0].split() == ["sdpa", "yes"]
+    assert "no: it needs an NVIDIA card, and the device is cpu" in lines[list(BACKENDS).index("flash3")]
+
+
 @pytest.mark.parametrize("line", [
     "", "generate", "generate x --size 64", "generate x --guidance high", "generate x --guidance 1,2,3",
-    "generate x --solver heun", "generate x --steps two", "generate x --preset wan3", "generate x --attention sage",
+    "generate x --attention sage=0.2..0.5", "generate x --attention sage=high",
+    "generate x --solver heun", "generate x --steps two", "generate x --preset wan3", "generate x --attention saga",
     "generate x --lora x=1,2,3", "generate x --lora x=nan", "generate x --weights q9_0", "inspect", "paint x",
 ])
 def test_misspelt_commands_end_with_status_2(line, capsys):
@@ -471,8 +516,8 @@ def test_help_names_every_option(capsys):
     out = capsys.readouterr().out
     assert ended.value.code == 0
     for option in ("--model", "--high", "--low", "--vae", "--text-encoder", "--size", "--frames", "--steps", "--seed",
-                   "--solver", "--shift", "--guidance", "--tile", "--device", "--image", "--end-image", "--clip-vision",
-                   "--control", "--mask", "--reference", "--vace", "--video", "--denoise", "--fit", "--lora",
-                   "--weights", "--checkpoint-dir", "--checkpoint-every", "--resume"):
+                   "--solver", "--shift", "--schedule", "--guidance", "--tile", "--device", "--image", "--end-image",
+                   "--clip-vision", "--control", "--mask", "--reference", "--vace", "--video", "--denoise", "--fit",
+                   "--lora", "--weights", "--checkpoint-dir", "--checkpoint-every", "--resume"):
         assert option in out
 

@@ -10,6 +10,7 @@ from wan_core import open_lora
 from wan_core.conditioning import ImageChannels, ImageTokens, TextCondition, VaceCondition
 from wan_core.dit import VaceTransformer, WanTransformer
 from wan_core.forecast import fitted, fitted_encoder, forecast, needs, operations
+from wan_core.guidance import GuidanceOptions, NormalisedAttention, Projection
 from wan_core.memory import Layout, Memory, OneAtATime, Plan
 from wan_core.memory.leaves import leaves
 from wan_core.memory.meter import MemoryMeter
@@ -130,6 +131,16 @@ def test_loras_and_experts_are_counted(part, lora, layout):
     alone = model_of(part(), plan=Plan(layout, 256))
     assert needs(pair, SMALL, prompts_for(pair, SMALL)).peak(pair.plan) == pytest.approx(
         needs(alone, SMALL, prompts_for(alone, SMALL)).peak(alone.plan), rel=0.05)
+
+
+@pytest.mark.parametrize(("options", "chunk"), [
+    (GuidanceOptions(nag=NormalisedAttention()), None), (GuidanceOptions(nag=NormalisedAttention()), 512),
+    (GuidanceOptions(batched="on"), None), (GuidanceOptions(projection=Projection()), None)])
+def test_options_of_guidance_are_counted(part, options, chunk):
+    """Promise: guided attention, both prompts at once and what is remembered from step to step are part of the peak."""
+    model = model_of(part(), plan=Plan(chunk=chunk), guidance=options)
+    predicted = needs(model, SMALL, prompts_for(model, SMALL)).peak(model.plan)
+    assert predicted == pytest.approx(measured(model, SMALL), rel=0.05)
 
 
 def test_a_run_keeps_within_its_budget(part):

@@ -318,10 +318,10 @@ def test_unknown_precision_is_refused_at_once(files):
 
 def test_unknown_attention_is_refused_at_once(files):
     """So is a wrong attention backend."""
-    with pytest.raises(ValueError, match="unknown attention backend 'sage'"):
-        load_model(files.model, attention="sage", placement=CPU)
-    with pytest.raises(ValueError, match="unknown attention backend 'sage'"):
-        load_experts(files.high, files.low, attention="sage", placement=CPU)
+    with pytest.raises(ValueError, match="unknown attention backend 'saga'"):
+        load_model(files.model, attention="saga", placement=CPU)
+    with pytest.raises(ValueError, match="unknown attention backend 'saga'"):
+        load_experts(files.high, files.low, attention="saga", placement=CPU)
 
 
 def test_tiles_off_the_grid_are_refused_at_once(files):

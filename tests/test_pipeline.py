@@ -11,7 +11,7 @@ from wan_core.memory import OneAtATime
 from wan_core.models import load_experts, load_model, load_text_encoder, load_vae
 from wan_core.pipeline import Video, check_fit, generate, initial_noise, latent_shape, resolve_settings, sample
 from wan_core.presets import PRESETS, TEXT_ENCODERS, VAES
-from wan_core.sampling import Conditions, Guidance, denoise, make_schedule, partial
+from wan_core.sampling import Conditions, Guidance, denoise, make_schedule, partial, schedule_named
 from wan_core.text import UMT5Encoder
 from wan_core.vae import WanVAE
 from wan_core.video import read_metadata, read_video
@@ -258,6 +258,29 @@ def test_noise_is_mixed_in_at_the_first_level(parts, context):
         result = sample(model, latents, used, conditions, ONE, noise=noise, solver="euler")
         expected = model.latent_stats.restore(denoise(model, start, used, conditions, ONE, solver="euler"))
         torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_schedule_that_begins_below_one_starts_from_scaled_noise(parts, context):
+    """rCM's first level is 0.988: an empty clip starts as noise times that, which is the mixture there."""
+    model, conditions = parts["model"], Conditions([context])
+    schedule, noise = schedule_named("rcm"), initial_noise((1, 16, 2, 4, 4), 2)
+    result = sample(model, torch.zeros_like(noise), schedule, conditions, ONE, noise=noise, solver="lcm", seed=4)
+    start = noise * schedule.sigmas[0]
+    expected = denoise(model, start, schedule, conditions, ONE, solver="lcm", seed=4)
+    torch.testing.assert_close(result, model.latent_stats.restore(expected), atol=1e-5, rtol=1e-5)
+    other = denoise(model, start, schedule, conditions, ONE, solver="lcm", seed=5)
+    assert not torch.allclose(other, expected, atol=1e-2)
+
+
+def test_a_named_schedule_brings_its_settings(parts):
+    """Steps, shift, solver and guidance 1 of the schedule, recorded with its name; what is given goes first."""
+    small = {name: SMALL[name] for name in ("width", "height", "frames")}
+    settings = generate("a red circle", **parts, **small, schedule="lightx2v").settings
+    assert {name: settings[name] for name in ("schedule", "steps", "shift", "solver", "guidance")} == {
+        "schedule": "lightx2v", "steps": 4, "shift": 5.0, "solver": "euler", "guidance": (1.0, 1.0)}
+    chosen = {"steps": 2, "solver": "euler", "guidance": 2.0}
+    settings = generate("a red circle", **parts, **small, schedule="rcm", **chosen).settings
+    assert (settings["steps"], settings["solver"], settings["guidance"]) == (2, "euler", (2.0, 2.0))
 
 
 def test_an_empty_clip_is_zero_when_normalised(parts, context):

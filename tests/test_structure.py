@@ -17,14 +17,16 @@ FILES = sorted(path for folder in ("wan_core", "nodes") for path in (ROOT / fold
 HOST = {"comfy", "comfy_api", "comfy_api_nodes", "comfy_execution", "comfy_extras", "execution", "folder_paths",
         "latent_preview", "node_helpers", "nodes", "server"}
 TEST_ONLY = {"accelerate", "diffusers", "hypothesis", "peft", "pytest", "transformers"}
-# ftfy is used where it is installed and may be absent.
-RUN_TIME = {"einops", "ftfy", "gguf", "imageio_ffmpeg", "numpy", "safetensors", "sentencepiece", "torch", "tqdm",
+# ftfy, Triton and the packages of attention kernels are used where they are installed and may be absent.
+RUN_TIME = {"flash_attn", "flash_attn_3", "flash_attn_interface", "sageattention", "sageattn", "sageattn3",
+            "einops", "ftfy", "gguf", "imageio_ffmpeg", "numpy", "safetensors", "sentencepiece", "torch", "tqdm",
             "triton"}
 
 # Room -> the rooms that it may import. Single files directly in wan_core are rooms, too.
 MAY_IMPORT = {
     "presets": set(),
     "nano": set(),
+    "cache": set(),
     "conditioning": {"dit", "presets", "vae"},
     "memory": set(),
     "video": set(),
@@ -32,20 +34,23 @@ MAY_IMPORT = {
     "vae": {"presets"},
     "text": {"presets"},
     "vision": {"presets"},
-    "sampling": {"conditioning", "dit"},
+    "guidance": {"conditioning", "dit"},
+    "sampling": {"cache", "conditioning", "dit", "guidance", "presets"},
     # The modules of the other rooms are imported only inside the function that builds one.
     "weights": {"presets", "dit", "vae", "text", "vision"},
-    "models": {"dit", "memory", "nano", "presets", "text", "vae", "vision", "weights"},
-    "training": {"conditioning", "dit", "memory", "models", "nano", "pipeline", "presets", "sampling", "text", "vae",
-                 "video", "vision", "visuals", "weights"},
+    "models": {"cache", "dit", "guidance", "memory", "nano", "presets", "text", "vae", "vision", "weights"},
+    "calibrate": {"cache", "models", "pipeline"},
+    "training": {"cache", "calibrate", "conditioning", "dit", "memory", "models", "nano", "pipeline", "presets",
+                 "sampling", "text", "vae", "video", "vision", "visuals", "weights"},
     "visuals": {"conditioning", "models"},
-    "checkpoint": {"memory", "models", "sampling", "weights"},
-    "forecast": {"conditioning", "dit", "memory", "models", "presets", "vae", "weights"},
-    "pipeline": {"checkpoint", "conditioning", "forecast", "memory", "models", "nano", "presets", "sampling", "video",
-                 "visuals"},
+    "checkpoint": {"cache", "memory", "models", "sampling", "weights"},
+    "forecast": {"cache", "conditioning", "dit", "guidance", "memory", "models", "presets", "vae", "weights"},
+    "pipeline": {"cache", "checkpoint", "conditioning", "forecast", "memory", "models", "nano", "presets", "sampling",
+                 "video", "visuals"},
     "__init__": {"checkpoint", "models", "pipeline", "visuals", "weights"},
-    "__main__": {"checkpoint", "conditioning", "dit", "forecast", "memory", "models", "pipeline", "presets", "sampling",
-                 "training", "vae", "video", "visuals", "weights"},
+    "shell": {"cache", "calibrate", "checkpoint", "conditioning", "dit", "forecast", "guidance", "memory", "models",
+              "pipeline", "presets", "sampling", "vae", "video", "visuals", "weights"},
+    "__main__": {"shell"},
 }
 
 

@@ -65,8 +65,9 @@ def tiny_denoise(experts: object, steps: int = 3, solver: str = "unipc", shape: 
 
 def tiny_run(model: Model, steps: int = 3, solver: str = "unipc", shape: Sequence[int] = SHAPE, seed: int = 0,
              prompt: int = 2, shift: float = 3.0, guidance: Guidance = GUIDANCE, masked: bool = False,
-             **options: object) -> Tensor:
-    """The same from raw latents to raw latents."""
+             step_seed: int = 0, **options: object) -> Tensor:
+    """The same from raw latents to raw latents; `step_seed` is of the noise that a solver adds."""
     latents = randn(*shape, seed=8) if masked else torch.zeros(*shape)
     return sample(model, latents, make_schedule(solver, steps, shift), conditions(prompt), guidance,
-                  noise=randn(*shape, seed=seed), mask=MASK if masked else None, solver=solver, **options)
+                  noise=randn(*shape, seed=seed), mask=MASK if masked else None, solver=solver,
+                  seed=step_seed, **options)

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .cache import CacheRun
 from .memory.recovery import is_out_of_memory
 from .models import Model, Part
 from .sampling import SOLVERS, Conditions, Guidance, Progress, Schedule
@@ -31,6 +33,10 @@ log = logging.getLogger(__name__)
 # Names in the metadata: of what a checkpoint says of its run, and of the digest of all that it holds.
 KEY, DIGEST = "wan_core", "digest"
 FORMAT = "checkpoint 1"
+# What the names of a cache's tensors begin with.
+CACHED = "cache."
+# The name of what guidance remembers.
+AVERAGE = "guidance.average"
 
 # Seconds after which a temporary file is one that was left behind, whichever run wrote it.
 ABANDONED = 24 * 3600
@@ -58,13 +64,17 @@ class Checkpoints:
 
 
 class SavedRun:
-    """The checkpoint of one run, told from others by its `settings` (see `settings_of`).
+    """The checkpoint of one run, told from others by its `settings` (see `settings_of`). `seed` is the solver's, `cache`
+    a state that no step has been taken with.
 
     Makes the folder and takes away what killed processes left in it. Raises OSError where there can be no folder.
     """
 
-    def __init__(self, checkpoints: Checkpoints, settings: Mapping[str, str], schedule: Schedule, solver: str) -> None:
-        self._checkpoints, self._settings, self._schedule, self._solver = checkpoints, settings, schedule, solver
+    def __init__(self, checkpoints: Checkpoints, settings: Mapping[str, str], schedule: Schedule, solver: str,
+                 seed: int = 0, cache: CacheRun | None = None) -> None:
+        self._checkpoints, self._settings, self._schedule = checkpoints, settings, schedule
+        self._solver, self._seed, self._cache = solver, seed, cache
+        self._saved_at = 0
         folder = Path(checkpoints.folder)
         folder.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -99,19 +109,28 @@ class SavedRun:
             log.warning("%s cannot be resumed, and the run begins anew: %s.", path.name, error)
             return None
         done, steps = progress.index, self._schedule.steps
+        self._saved_at = done
         where = f"going on at step {done + 1} of {steps}" if done < steps else "all steps are done"
         log.info("%s: %s", path.name, where)
         return progress
 
     def save(self, progress: Progress) -> None:
-        """Replace the file, if it is time. Where that fails the run goes on, and a warning says so once."""
-        if progress.index % self._checkpoints.every and progress.index != self._schedule.steps:
+        """Replace the file, if it is time. Where that fails the run goes on, and a warning says so once.
+
+        Between a step and others that reuse what it has computed nothing is saved: it would be gigabytes.
+        """
+        is_due = progress.index - self._saved_at >= self._checkpoints.every or progress.index == self._schedule.steps
+        cached = progress.cache.state_dict() if progress.cache else {}
+        if not is_due or cached is None:
             return
+        self._saved_at = progress.index
         try:
-            tensors = {"latents": progress.latents, **progress.solver.state_dict()}
+            tensors = {"latents": progress.latents, **progress.solver.state_dict(),
+                       **{f"{CACHED}{name}": tensor for name, tensor in cached.items()},
+                       **({} if progress.average is None else {AVERAGE: progress.average})}
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             about = {"format": FORMAT, "settings": self._settings, "solver": self._solver, "steps done": progress.index,
-                     "backend": progress.backend, "chunk": progress.chunk}
+                     "backend": progress.backend, "chunk": progress.chunk, "plain attention": progress.is_plain}
             text = json.dumps(about)
             # Not by save_file, which writes to a temporary file of its own, whose name nobody knows after a kill.
             contents = save(tensors, {KEY: text, DIGEST: _digest_of(tensors, text)})
@@ -132,11 +151,18 @@ class SavedRun:
             log.warning("The checkpoint %s could not be removed: %s", self.path.name, error)
 
     def _progress(self, about: Mapping[str, object], tensors: dict[str, Tensor]) -> Progress:
-        solver = SOLVERS[self._solver](self._schedule)
+        solver = SOLVERS[self._solver](self._schedule, self._seed)
         try:
             latents = tensors.pop("latents")
+            average = tensors.pop(AVERAGE, None)
+            cached = {name: tensors.pop(name) for name in list(tensors) if name.startswith(CACHED)}
             solver.load_state_dict(tensors)
-            return Progress(about["steps done"], latents, solver, about["backend"], about["chunk"])
+            cache = copy(self._cache)
+            if cache:
+                cache.load_state_dict({name.removeprefix(CACHED): tensor for name, tensor in cached.items()},
+                                      about["steps done"])
+            return Progress(about["steps done"], latents, solver, about["backend"], about["chunk"], cache, average,
+                            about["plain attention"])
         except (KeyError, ValueError) as error:
             raise _Unusable(f"it is damaged ({error})") from error
 
@@ -163,14 +189,17 @@ def _read(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
 
 
 def settings_of(model: Model, schedule: Schedule, conditions: Conditions, guidance: Guidance, solver: str,
-                start: Tensor, named: Mapping[str, object]) -> dict[str, str]:
+                start: Tensor, named: Mapping[str, object], seed: int = 0) -> dict[str, str]:
     """All that decides the result of a run, as words: of tensors a digest, of files name, size and time of change.
 
-    `start` is the sample that it begins with; `named` are settings that are in the tensors already, for people.
+    `start` is the sample that it begins with; `named` are settings that are in the tensors already, for people; `seed`
+    is of the noise that a solver adds.
     """
     parts = model.parts
     settings = {name: str(value) for name, value in named.items()}
-    settings |= {"preset": model.preset.name, "solver": solver, "attention": model.attention,
+    seeded = solver in SOLVERS and SOLVERS[solver].draws_noise
+    settings |= {"preset": model.preset.name, "expert boundary": str(model.boundary), "attention": model.attention,
+                 "solver": f"{solver}, seed {seed}" if seeded else solver,
                  "FP8 products": str(model.multiplies_in_fp8),
                  "guidance": ", ".join(str(guidance.scale_for(expert)) for expert in parts),
                  "noise levels": f"{schedule.steps} steps from {schedule.sigmas[0]:.4f} to {schedule.sigmas[-1]:.4f}, "
@@ -181,6 +210,16 @@ def settings_of(model: Model, schedule: Schedule, conditions: Conditions, guidan
         settings[f"{name} precision"] = str(model.computes_in(part)).removeprefix("torch.")
     for kind, loras in (("merged LoRA", model.folded), ("LoRA", model.loras)):
         settings |= {f"{kind} {index}": _lora(lora, parts) for index, lora in enumerate(loras, 1)}
+    if model.attention_ranges:
+        settings |= _told("attention ranges", model.attention_ranges)
+    if model.radial:
+        settings |= _told("radial attention", model.radial)
+    if model.compile:
+        settings |= _told("compile", model.compile)
+    if model.cache:
+        settings |= _told("cache", model.cache)
+    if model.guidance.record():
+        settings |= _told("guidance options", model.guidance)
     return settings | _told("start", start) | _told("conditions", conditions)
 
 

@@ -14,8 +14,11 @@ from functools import cache
 import torch
 from torch import nn
 
+from .cache import AutoCache, EasyCache
+from .cache.measuring import Measuring
 from .conditioning import Condition, ImageChannels, ImageTokens, TextCondition, VaceCondition
-from .dit import ModelInputs, WanTransformer
+from .dit import ModelInputs, NegativeText, WanTransformer
+from .guidance import GuidanceOptions
 from .memory import RESIDENT, Layout, OneAtATime, Plan
 from .memory.budget import GB
 from .memory.layout import by_block
@@ -33,6 +36,9 @@ log = logging.getLogger(__name__)
 
 # Latents in float32 that are there while the transformer runs: the sample, a velocity, the solver's history.
 _LATENTS = 5
+
+# Tiles of the VAE that pass together, at most, where there is room for them.
+_TOGETHER = 4
 
 # Sides of VAE tiles in pixels, the largest first, and how much of one its neighbours share at most.
 _TILES = (768, 512, 384, 256, 192, 128)
@@ -126,6 +132,12 @@ def needs(model: Model, shape: tuple[int, ...], prompts: Sequence[TextCondition]
         blocks.append(of_blocks)
         others.append(of_others)
     tokens = math.prod(shape[2:]) // math.prod(model.spec.patch_size)
+    guidance = model.guidance
+    is_shared = shape[0] == 1 or not any(prompt.beside for prompt in prompts)
+    if is_shared and guidance.is_batched(model.placement.device.type, shape[0] * tokens):
+        shape = (2 * shape[0], *shape[1:])
+
+    held = len(prompts) * _held_by_cache(model, shape[0] * tokens)
 
     @cache
     def module(name: str) -> WanTransformer:
@@ -133,9 +145,19 @@ def needs(model: Model, shape: tuple[int, ...], prompts: Sequence[TextCondition]
 
     @cache
     def working(chunk: int | None) -> int:
-        return max(_working(module(name), shape, prompts, chunk) for name in model.parts)
+        return held + max(_working(module(name), shape, prompts, guidance, chunk) for name in model.parts)
 
     return Need(tuple(map(max, zip(*blocks))), max(others), tokens, working)
+
+
+def _held_by_cache(model: Model, tokens: int) -> int:
+    """Bytes that a step cache keeps on the device for each prompt: what the blocks have added to the tokens."""
+    cache = model.cache.suited(model.preset.name) if isinstance(model.cache, AutoCache) else model.cache
+    if cache is None or isinstance(cache, EasyCache):
+        return 0
+    # Where it is measured, the last step's is there beside the new one.
+    copies = 2 if isinstance(cache, Measuring) else 1
+    return copies * tokens * model.spec.dim * max(model.computes_in(part).itemsize for part in model.parts.values())
 
 
 def fitted_encoder(encoder: TextEncoder, prompts: int = 1) -> TextEncoder:
@@ -158,8 +180,8 @@ def fitted(vae: VideoVAE, shape: tuple[int, ...], encode: bool = False) -> tuple
     """A VAE with tiles that keep within the memory budget for latents of `shape`, and the bytes it needs with weights;
     0 where memory is not limited.
 
-    Tiles that are set already, and pictures that need none, stay as they are. Where no tile is small enough, the
-    smallest are taken.
+    Tiles that are set already, and pictures that need none, keep their size. Where no tile is small enough, the
+    smallest are taken; where there is room for several, a GPU takes them in one batch.
     """
     if not is_limited(vae):
         return vae, 0
@@ -167,13 +189,22 @@ def fitted(vae: VideoVAE, shape: tuple[int, ...], encode: bool = False) -> tuple
     weights = vae.part.size(vae.computes_in)
     chosen, peak = vae, weights + vae_working(vae, shape, encode)
     budget = _budget(vae, peak)
-    if vae.tiling is not None or budget is None:
+    if budget is None:
         return chosen, peak
-    for side in (side for side in _TILES if side < stride * max(shape[3:])):
+    for side in (side for side in _TILES if side < stride * max(shape[3:]) and vae.tiling is None):
         if peak <= budget:
             break
         chosen = replace(vae, tiling=Tiling(side, side, min(_OVERLAP, side // 4 // stride * stride)))
         peak = weights + vae_working(chosen, shape, encode)
+    tiling = chosen.tiling
+    # A GPU is not busy with one small tile. A CPU is, and has a faster way for a batch of one.
+    together = _TOGETHER if tiling and vae.placement.device.type != "cpu" else 1
+    while together > 1 and tiling.count(*shape[3:], stride) > 1:
+        batched = replace(chosen, tiling=replace(tiling, together=together))
+        needed = weights + vae_working(batched, shape, encode)
+        if needed <= budget:
+            return batched, needed
+        together //= 2
     return chosen, peak
 
 
@@ -182,14 +213,15 @@ def vae_working(vae: VideoVAE, shape: tuple[int, ...], encode: bool = False) -> 
     """The most that decoding latents of `shape`, or encoding to them, has on the device beside the weights."""
     module = vae.part.build(torch.device("meta"), vae.computes_in)
     stride, tiling = vae.spec.spatial_stride, vae.tiling
-    # From the third piece on every piece is like the one before, and from the second tile on every tile.
-    frames, height, width = min(shape[2], 3), shape[3], shape[4]
+    height, width = shape[3], shape[4]
     if tiling:
         height, width = min(height, tiling.height // stride + 1), min(width, tiling.width // stride + 1)
+    # From the third run of pieces on every run is like the one before, and from the second tile on every tile.
+    frames = min(shape[2], 1 + 2 * module.at_once(height, width))
     latents = torch.empty((*shape[:2], frames, height, width), device="meta")
     video = torch.empty((shape[0], 3, 1 + (frames - 1) * vae.spec.temporal_stride, height * stride, width * stride),
                         device="meta")
-    whole = torch.empty((*shape[:2], 1, *shape[3:]), device="meta")
+    whole = torch.empty((*shape[:2], min(shape[2], 1 + 2 * module.at_once(*shape[3:])), *shape[3:]), device="meta")
     with torch.device("meta"), FusedAttention(), MemoryMeter("meta") as meter:
         if encode:
             module.encode(video, tiling=tiling)
@@ -230,7 +262,7 @@ def operations(model: Model, shape: tuple[int, ...]) -> float:
 
 @torch.no_grad()
 def _working(module: WanTransformer, shape: tuple[int, ...], prompts: Sequence[TextCondition],
-             chunk: int | None) -> int:
+             guidance: GuidanceOptions, chunk: int | None) -> int:
     """The most that a step has on the device beside the weights."""
     with FusedAttention(), MemoryMeter("meta") as meter:
         sample = torch.empty(shape, device="meta")
@@ -242,14 +274,18 @@ def _working(module: WanTransformer, shape: tuple[int, ...], prompts: Sequence[T
         # A run prepares each condition once, also where it is beside several prompts.
         prepared: dict[int, object] = {}
         for prompt in prompts:
-            text = prepared[id(prompt)] = module.prepare_text(prompt.context.expand(shape[0], -1, -1))
+            text = prepared[id(prompt)] = module.prepare_text(
+                prompt.context.repeat(shape[0] // prompt.context.shape[0], 1, 1))
             inputs = ModelInputs(sample, timestep, text)
             for other in prompt.beside:
                 if id(other) not in prepared:
                     prepared[id(other)] = other.prepare(module, sample)
                 inputs = other.add(inputs, prepared[id(other)], 0.5)
+        if guidance.nag:
+            # As if the negative prompt were as long as this one; both have been embedded.
+            inputs = replace(inputs, text=replace(inputs.text, away=NegativeText(inputs.text, guidance.nag)))
         module(inputs, chunk=chunk)
-    return meter.peak + (_LATENTS - 1) * 4 * math.prod(shape)
+    return meter.peak + (_LATENTS - 1 + guidance.has_momentum) * 4 * math.prod(shape)
 
 
 def _sample_of(model: Model, name: str, part: Part) -> WanTransformer:

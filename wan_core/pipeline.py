@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import nano
+from .cache import CacheRun, RunSteps, begin_cache
 from .checkpoint import Checkpoints, SavedRun, settings_of
 from .conditioning import ImageChannels, ImageTokens, KnownLatents, TextCondition, VaceCondition, active
 from .forecast import fitted, fitted_encoder, planned
@@ -26,14 +27,23 @@ from .models import (
     load_vae,
 )
 from .presets import VAESpec
-from .sampling import Conditions, Guidance, NotFinite, Schedule, Step, denoise, make_schedule, needs_uncond
+from .sampling import (
+    PURE_NOISE_SIGMA,
+    Conditions,
+    Guidance,
+    NotFinite,
+    Schedule,
+    Step,
+    denoise,
+    last_part,
+    make_schedule,
+    plan_guidance,
+    sampling_named,
+)
 from .video import check_fps, to_uint8, write_video
 from .visuals import Visuals, show
 
 log = logging.getLogger(__name__)
-
-# A schedule that begins at least this high starts from pure noise, as the official code does (UniPC's is 0.999).
-PURE_NOISE_SIGMA = 0.999
 
 # 64 bits, read with or without a sign: a negative seed is the same as that seed + 2^64.
 SEEDS = (-2 ** 63, 2 ** 64 - 1)
@@ -99,18 +109,19 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def sample(model: Model, latents: Tensor, schedule: Schedule, conditions: Conditions, guidance: Guidance, *,
-           noise: Tensor | None = None, mask: Tensor | None = None, solver: str = "unipc",
+           noise: Tensor | None = None, mask: Tensor | None = None, solver: str = "unipc", seed: int = 0,
            checkpoints: Checkpoints | None = None, on_step: Callable[[Step], None] | None = None,
            on_block: Callable[[int], None] | None = None) -> Tensor:
     """Denoise raw `latents` [B, C, T, H, W] (zeros for an empty clip) with `model`; returns raw latents on the host.
 
     `noise`, of the same shape, is mixed in at the schedule's first level; None leaves the latents as they are, for a
     run that goes on from another. `mask` [B, 1, T, H, W] in 0..1 says what is made anew (1) and what is kept of the
-    latents (0). `checkpoints` says where the run is saved while it goes on, and an equal one goes on from there.
+    latents (0). `seed` is of the noise that some solvers add at every step. `checkpoints` says where the run is saved
+    while it goes on, and an equal one goes on from there.
     Raises ValueError, before weights are loaded, for what does not fit the model, and where a step gives NaN or
     infinite values.
     """
-    result, saved = _sampled(model, latents, schedule, conditions, guidance, noise, mask, solver, checkpoints, {},
+    result, saved = _sampled(model, latents, schedule, conditions, guidance, noise, mask, solver, seed, checkpoints, {},
                              on_step=on_step, on_block=on_block)
     if saved:
         saved.remove()
@@ -118,7 +129,7 @@ def sample(model: Model, latents: Tensor, schedule: Schedule, conditions: Condit
 
 
 def _sampled(model: Model, latents: Tensor, schedule: Schedule, conditions: Conditions, guidance: Guidance,
-             noise: Tensor | None, mask: Tensor | None, solver: str, checkpoints: Checkpoints | None,
+             noise: Tensor | None, mask: Tensor | None, solver: str, seed: int, checkpoints: Checkpoints | None,
              named: Mapping[str, object], **callbacks: Callable | None) -> tuple[Tensor, SavedRun | None]:
     """See `sample`; and the checkpoint, which stays until the caller has made use of the result. `named` are settings
     for people to read in it."""
@@ -143,19 +154,32 @@ def _sampled(model: Model, latents: Tensor, schedule: Schedule, conditions: Cond
     if noise is not None:
         sigma = float(schedule.sigmas[0])
         start = noise if sigma >= PURE_NOISE_SIGMA else (1 - sigma) * start + sigma * noise
+    cache = _cache_of(model, schedule, guidance, mask is not None)
     saved = begin = None
     if checkpoints:
-        settings = settings_of(model, schedule, conditions, guidance, solver, start, named)
-        saved = SavedRun(checkpoints, settings, schedule, solver)
+        settings = settings_of(model, schedule, conditions, guidance, solver, start, named, seed)
+        saved = SavedRun(checkpoints, settings, schedule, solver, seed, cache)
         begin = saved.load()
     if begin:
         model = replace(model, plan=replace(model.plan, chunk=begin.chunk))
     try:
-        result = denoise(model, start, schedule, conditions, guidance, solver=solver, backend=model.attention,
-                         device=device, begin=begin, on_progress=saved.save if saved else None, **callbacks)
+        result = denoise(model, start, schedule, conditions, guidance, options=model.guidance, solver=solver,
+                         seed=seed, backend=model.attention, ranges=model.attention_ranges,
+                         radial=model.radial, cache=cache, device=device, begin=begin,
+                         on_progress=saved.save if saved else None, **callbacks)
     except NotFinite as error:
         raise _explained(error, model) from error
     return _on_host(model, result), saved
+
+
+def _cache_of(model: Model, schedule: Schedule, guidance: Guidance, has_known_frames: bool) -> CacheRun | None:
+    """The state of the model's step cache before a run."""
+    experts, sigmas = tuple(map(model.name_at, schedule.timesteps.tolist())), tuple(schedule.sigmas[:-1].tolist())
+    branches = tuple(step.cached for step in plan_guidance(guidance, model.guidance, sigmas, experts))
+    cache, told = begin_cache(model.cache, RunSteps(model.preset.name, sigmas, experts, branches, has_known_frames))
+    if told:
+        log.info("%s: %s", model.preset.title, told)
+    return cache
 
 
 def _explained(error: NotFinite, model: Model) -> ValueError:
@@ -212,9 +236,11 @@ def _completed(model: Model, conditions: Conditions, shape: tuple[int, ...]) -> 
 
 def check_coverage(model: Model, schedule: Schedule, conditions: Conditions, guidance: Guidance) -> None:
     """Raise ValueError unless at every step a prompt is active, and a negative one where guidance asks for it."""
-    for sigma, timestep in zip(schedule.sigmas.tolist(), schedule.timesteps.tolist()):
+    experts = [model.name_at(timestep) for timestep in schedule.timesteps.tolist()]
+    sigmas = schedule.sigmas[:-1].tolist()
+    for sigma, step in zip(sigmas, plan_guidance(guidance, model.guidance, sigmas, experts)):
         active(conditions.positive, sigma)
-        if conditions.negative and needs_uncond(guidance.scale_for(model.name_at(timestep))):
+        if conditions.negative and step.needs_negative:
             active(conditions.negative, sigma)
 
 
@@ -223,18 +249,21 @@ def generate(prompt: str, *, model: Model | None = None, vae: VideoVAE | None = 
              visuals: Visuals | None = None, negative_prompt: str | None = None, width: int | None = None,
              height: int | None = None, frames: int | None = None, steps: int | None = None, seed: int = 0,
              solver: str | None = None, shift: float | None = None, guidance: float | tuple[float, float] | None = None,
-             fps: float | None = None, checkpoints: Checkpoints | None = None,
+             schedule: str | None = None, fps: float | None = None, checkpoints: Checkpoints | None = None,
              on_step: Callable[[Step], None] | None = None, on_block: Callable[[int], None] | None = None) -> Video:
     """Make a video of `prompt` and, if given, of `visuals`.
 
     Parts that are not given are the bundled nano models that go with `model`; settings that are not given are the
     preset's, but for the size, which follows a given picture. `guidance` is one scale or (high-noise, low-noise).
+    `schedule` names noise levels in NAMED_SCHEDULES; settings that are not given are then those that go with it.
     With `checkpoints` the run is saved while it goes on, until its frames are decoded.
     Raises ValueError, before anything is loaded, for an empty prompt, sizes off the grid, or parts that do not fit
     together.
     """
     shared, visuals = OneAtATime(), visuals or Visuals()
-    model = model or load_model(placement=shared)
+    model, levels = model or load_model(placement=shared), None
+    if schedule is not None:
+        model, levels = scheduled(model, schedule, steps, shift)
     vae = vae or load_vae(bundled_vae(model), placement=shared)
     text_encoder = text_encoder or load_text_encoder(placement=shared)
     if clip_vision is None and model.preset.clip_vision == "nano_clip":
@@ -248,7 +277,10 @@ def generate(prompt: str, *, model: Model | None = None, vae: VideoVAE | None = 
     check_fps(settings.fps)
     shape = latent_shape(model.vae_spec, settings.width, settings.height, settings.frames)
     visuals.check(model, settings.frames)
-    schedule = make_schedule(settings.solver, settings.steps, settings.shift, visuals.denoise)
+    if levels is None:
+        levels = make_schedule(settings.solver, settings.steps, settings.shift, visuals.denoise)
+    else:
+        levels = last_part(levels, visuals.denoise)
     scales = Guidance(*settings.guidance)
     started = time.perf_counter()
     contexts = fitted_encoder(text_encoder, 2).encode([settings.prompt, settings.negative_prompt], on_block)
@@ -258,13 +290,20 @@ def generate(prompt: str, *, model: Model | None = None, vae: VideoVAE | None = 
                             [TextCondition(contexts[1:], beside=shown.beside)])
     noise = initial_noise(tuple(shown.latents.shape), settings.seed)
     named = {name: getattr(settings, name) for name in ("prompt", "negative_prompt", "seed")}
-    latents, saved = _sampled(model, shown.latents, schedule, conditions, scales, noise, shown.mask, settings.solver,
-                              checkpoints, named, on_step=on_step, on_block=on_block)
+    latents, saved = _sampled(model, shown.latents, levels, conditions, scales, noise, shown.mask, settings.solver,
+                              settings.seed, checkpoints, named, on_step=on_step, on_block=on_block)
     pixels = vae.decode(latents[:, :, shown.trim:])[0]
     if saved:
         saved.remove()
-    record = {**asdict(settings), **model.record(), "seconds": round(time.perf_counter() - started, 1)}
+    record = {**asdict(settings), **({"schedule": schedule} if schedule else {}), **model.record(),
+              "seconds": round(time.perf_counter() - started, 1)}
     return Video(to_uint8(pixels.movedim(0, -1)), settings.fps, record)
+
+
+def scheduled(model: Model, name: str, steps: int | None = None, shift: float | None = None) -> tuple[Model, Schedule]:
+    """The model with the defaults that go with the schedule called `name`, and this (see `sampling_named`)."""
+    schedule, sampling = sampling_named(name, model.preset.sampling, steps, shift)
+    return replace(model, preset=replace(model.preset, sampling=sampling)), schedule
 
 
 def resolve_settings(model: Model, prompt: str, *, seed: int, guidance: float | tuple[float, float] | None = None,
@@ -285,7 +324,7 @@ def resolve_settings(model: Model, prompt: str, *, seed: int, guidance: float | 
 def check_fit(model: Model, vae: VideoVAE, text_encoder: TextEncoder, clip_vision: VisionEncoder | None = None) -> None:
     """Raise ValueError unless VAE, text encoder and CLIP vision model (if there is one) belong to the model."""
     # Nano and released VAEs have latents of the same statistics but not of the same meaning, so specs are compared.
-    if vae.spec != model.vae_spec:
+    if not vae.fits(model.vae_spec):
         raise ValueError(f"{vae.part.label} ({', '.join(vae.part.names) or vae.spec.kind}) is not the VAE that "
                          f"{model.preset.title} was trained with. Use {model.preset.vae}.")
     if text_encoder.part.spec.dim != model.spec.text_dim:

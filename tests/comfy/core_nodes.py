@@ -56,6 +56,9 @@ CORE_NODES = {
     "MaskToImage": {
         "display_name": "Convert Mask to Image", "output": ["IMAGE"], "output_name": ["IMAGE"],
         "input": {"required": {"mask": ["MASK", {}]}}},
+    "PreviewImage": {
+        "display_name": "Preview Image", "output": [], "output_name": [],
+        "input": {"required": {"images": ["IMAGE", {}]}}},
     "SolidMask": {
         "display_name": "SolidMask", "output": ["MASK"], "output_name": ["MASK"],
         "input": {"required": {

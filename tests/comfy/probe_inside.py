@@ -175,30 +175,34 @@ def latent_facts() -> dict[str, bool]:
 def preview_facts() -> dict[str, bool]:
     import torch
     from comfy.cli_args import LatentPreviewMethod, args
-    from the_pack.nodes.host import HOST, NANO_VAES, _nano_preview
-    from the_pack.wan_core.presets import VAES
-    from the_pack.wan_core.vae import WanVAE
+    import folder_paths
+    from the_pack.nodes.host import HOST
+    from the_pack.nodes.previews import NANO_PREVIEWS
+    from the_pack.wan_core.presets import TINY_VAES, VAES
+    from the_pack.wan_core.vae import TinyVAE
     from the_pack.wan_core.weights import save_weights
 
     released, device = (VAES["wan21_vae"], VAES["wan22_vae"]), torch.device("cpu")
-    bundled = [spec for spec, file in NANO_VAES.items() if file.is_file()]
 
-    def size(preview: object, spec: object) -> tuple[str, tuple[int, int]]:
-        kind, image, _ = preview(torch.zeros(1, spec.z_dim, 3, 4, 6))
+    def size(spec: object) -> tuple[str, tuple[int, int]]:
+        kind, image, _ = HOST.previewer(spec, device)(torch.zeros(1, spec.z_dim, 3, 4, 6))
         return kind, image.size
 
     args.preview_method = LatentPreviewMethod.NoPreviews
-    none = [HOST.previewer(spec, device) for spec in (*released, *NANO_VAES)]
+    none = [HOST.previewer(spec, device) for spec in (*released, *NANO_PREVIEWS)]
     args.preview_method = LatentPreviewMethod.Latent2RGB
-    shown = [size(HOST.previewer(spec, device), spec) for spec in released]
-    decoded = [size(HOST.previewer(spec, device), spec) == ("JPEG", (6 * spec.spatial_stride, 4 * spec.spatial_stride))
-               for spec in bundled]
+    shown = [size(spec) for spec in released]
+    decoded = [size(spec) == ("JPEG", (6 * spec.spatial_stride, 4 * spec.spatial_stride)) for spec in NANO_PREVIEWS]
     with tempfile.TemporaryDirectory() as folder:
-        file, spec = Path(folder, "vae.safetensors"), VAES["nano_vae22"]
-        save_weights(file, WanVAE(spec).state_dict())
-        decoded.append(size(_nano_preview(file), spec) == ("JPEG", (96, 64)))
-    return {"previews_can_be_off": none == [None] * 4, "previews_are_pictures": shown == [("JPEG", (6, 4))] * 2,
-            "nano_previews_are_decoded": all(decoded) and VAES["nano_vae"] in bundled}
+        for name in ("taew2_1", "taew2_2"):
+            save_weights(Path(folder, f"{name}.safetensors"), TinyVAE(TINY_VAES[name]).half().state_dict())
+        folder_paths.add_model_folder_path("vae_approx", folder)
+        rough = [size(spec) for spec in released]
+        args.preview_method = LatentPreviewMethod.Auto
+        tiny = [size(spec) for spec in released]
+    return {"previews_can_be_off": none == [None] * 4, "previews_are_pictures": shown == rough == [("JPEG", (6, 4))] * 2,
+            "nano_previews_are_decoded": all(decoded) and len(decoded) == 2,
+            "tiny_vaes_decode_previews": tiny == [("JPEG", (48, 32)), ("JPEG", (96, 64))]}
 
 
 def list_facts() -> dict[str, bool]:

@@ -51,6 +51,22 @@ def test_expert_pair_shows_what_was_asked_for(comfy_server, client, pack_folder)
     assert "seem to be swapped" not in comfy_server.log()
 
 
+def test_a_named_schedule_joins_the_sampler(comfy_server, client, pack_folder):
+    """Promise: model, noise levels and solver of Wan Schedule can be connected to the sampler, the plot to the core's
+    preview; the run is the one with these settings by hand."""
+    plain = nano_prompt(pack_folder)
+    joined = with_nodes(plain, n20=("WanCoreSchedule", {"model": [MODEL, 0], "schedule": "lightx2v", "steps": 0,
+                                                        "shift": 0.0}), n21=("PreviewImage", {"images": ["20", 3]}))
+    joined[SAMPLER]["inputs"] |= {"model": ["20", 0], "sigmas": ["20", 1], "solver": ["20", 2], "guidance": 0.0}
+    by_hand = nano_prompt(pack_folder, n6={"solver": "euler", "steps": 4, "shift": 5.0, "guidance": 1.0})
+    run = client.run(joined)
+    assert run.status == "success", run.error
+    assert run.outputs["21"]["images"][0]["type"] == "temp"
+    file, = (file for file in run.saved_files() if file["type"] == "output")
+    video = read_video(comfy_server.saved_path(file))
+    assert (video.int() - frames_of(comfy_server, client.run(by_hand)).int()).abs().max() <= 1
+
+
 def test_a_lora_stays_on_its_own_branch(comfy_server, client, pack_folder):
     """Promise: two samplers on one GGUF loader, one with a LoRA, give what each of them gives alone, bit for bit."""
     file, _ = open_model(nano.T2V, "transformer")

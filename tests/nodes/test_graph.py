@@ -56,7 +56,7 @@ def test_nodes_equal_the_engine(call, nano, module):
     assert (images * 255 - expected.frames).abs().max() <= 1
 
 
-@pytest.mark.parametrize("solver", ["euler"])
+@pytest.mark.parametrize("solver", ["euler", "lcm"])
 def test_split_run_equals_the_whole(latent, solver):
     """Promise: a run that stops early hands its noise over; a second sampler goes on as if it had not been split."""
     whole = latent(solver=solver, steps=4)

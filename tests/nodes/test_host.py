@@ -19,7 +19,8 @@ def test_nano_models_are_always_listed_first(pack, workspace):
         return pack.NODE_CLASS_MAPPINGS[node].INPUT_TYPES()["required"][widget][0]
 
     assert names("WanCoreVAELoader", "vae") == [
-        "nano/wan_nano_vae.safetensors", "nano/wan_nano_vae22.safetensors", "b.safetensors", "sub/a.safetensors"]
+        "nano/wan_nano_vae.safetensors", "nano/wan_nano_vae22.safetensors", "nano/wan_nano_tiny_vae.safetensors",
+        "b.safetensors", "sub/a.safetensors"]
     assert names("WanCoreTextEncoderLoader", "text_encoder") == ["nano/wan_nano_umt5.safetensors"]
     assert names("WanCoreModelLoader", "model")[:3] == [
         "nano/wan_nano_t2v.safetensors", "nano/wan_nano_t2v_high_noise.safetensors",

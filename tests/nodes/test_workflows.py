@@ -10,6 +10,7 @@ import pytest
 from tests.comfy.convert import to_prompt, widgets
 from tests.comfy.core_nodes import CORE_NODES
 from wan_core.presets import PRESETS
+from wan_core.sampling import NAMED_SCHEDULES
 from wan_core.training.shapes import BACKGROUNDS, COLOURS, all_prompts
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "workflows"
@@ -31,10 +32,11 @@ WORKFLOWS = {
     "wan22_a14b_text_to_video": "wan22_t2v_a14b",
     "wan22_a14b_image_to_video": "wan22_i2v_a14b",
     "wan22_a14b_first_last_frame": "wan22_i2v_a14b",
+    "wan22_a14b_lightning": "wan22_t2v_a14b",
     "wan22_5b_text_image_to_video": "wan22_ti2v_5b",
 }
 TITLE_BAR = 30
-MODEL_WIDGETS = {"model", "module", "high_noise", "low_noise", "text_encoder", "vae", "clip_vision"}
+MODEL_WIDGETS = {"model", "module", "high_noise", "low_noise", "text_encoder", "vae", "clip_vision", "lora"}
 # Nodes that say how large and how long the video is; one of them is in every workflow.
 SIZES = {"WanCoreEmptyLatent", "WanCoreImageToVideo", "WanCoreImageLatent", "WanCoreVace"}
 # Core nodes with a file of the user's -> how its name ends.
@@ -130,6 +132,8 @@ def test_official_settings(name, prompt, nodes):
     preset = PRESETS[WORKFLOWS[name]]
     official = preset.sampling
     for sampler in nodes("WanCoreSampler"):
+        if "sigmas" in sampler:
+            continue
         assert (sampler["steps"], sampler["shift"]) == (official.steps, official.shift)
         assert (sampler["solver"], sampler["guidance"]) == (official.solver, official.guidance_high)
         assert (sampler["guidance_low"] or sampler["guidance"]) == official.guidance_low
@@ -138,6 +142,20 @@ def test_official_settings(name, prompt, nodes):
     assert {save["fps"] for save in nodes("WanCoreSaveVideo")} == {official.fps}
     assert {text["negative"] for text in nodes("WanCoreTextEncode")} == {official.negative_prompt}
     assert bool(nodes("WanCoreExpertPairLoader")) == preset.experts
+
+
+@pytest.mark.parametrize("name", ["wan22_a14b_lightning"])
+def test_few_step_settings(prompt, nodes):
+    """Promise: the sampler takes model and levels of the schedule, as published, with its solver, and leaves the rest
+    to it; each LoRA acts on the expert that it was made for, and on no other one."""
+    (sampler,), (schedule,) = nodes("WanCoreSampler"), nodes("WanCoreSchedule")
+    assert [prompt[sampler[key][0]]["class_type"] for key in ("model", "sigmas")] == ["WanCoreSchedule"] * 2
+    named = NAMED_SCHEDULES[schedule["schedule"]]
+    assert (schedule["steps"], schedule["shift"], sampler["solver"]) == (0, 0.0, named.solver)
+    assert (sampler["steps"], sampler["shift"], sampler["guidance"], sampler["guidance_low"]) == (named.steps, 0, 0, 0)
+    for lora in nodes("WanCoreLora"):
+        strengths = (lora["strength"], lora["strength_low"])
+        assert strengths == ((1.0, 0.0) if "high_noise" in lora["lora"] else (0.0, 1.0))
 
 
 def test_official_size(name, prompt, nodes, module):

@@ -283,5 +283,5 @@ def test_unknown_solver_is_refused(experts):
 
 def test_unknown_attention_is_refused(experts):
     """A wrong attention backend is an error that lists the known ones."""
-    with pytest.raises(ValueError, match="'sage'; choose one of sdpa"):
-        denoise(experts, NOISE, make_schedule("euler", 2, 3.0), BOTH, UNGUIDED, backend="sage")
+    with pytest.raises(ValueError, match="'saga'; choose one of sdpa"):
+        denoise(experts, NOISE, make_schedule("euler", 2, 3.0), BOTH, UNGUIDED, backend="saga")

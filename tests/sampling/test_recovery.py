@@ -11,6 +11,7 @@ from tests.small_models import save_module
 from tests.tiny_runs import SPEC, randn, tiny_denoise, tiny_model, tiny_run, write_tiny
 from wan_core import load_experts, load_model
 from wan_core.dit import BACKENDS, WanTransformer
+from wan_core.dit.attention.backend import Backend
 from wan_core.memory import Layout, OneAtATime, Plan
 from wan_core.sampling import SOLVERS, NotFinite, make_schedule
 
@@ -263,12 +264,12 @@ def faulty(at):
     """PyTorch's attention, with a NaN in the result of the calls `at`."""
     calls = []
 
-    def attention(q, k, v, mask):
+    def attention(q, k, v, bias):
         calls.append(1)
-        out = BACKENDS["sdpa"](q, k, v, mask)
+        out = BACKENDS["sdpa"].run(q, k, v, bias)
         return out.index_fill(-1, torch.tensor([0]), torch.nan) if len(calls) - 1 in at else out
 
-    return attention
+    return Backend(attention)
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])

@@ -6,7 +6,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.vae.small import SMALL, random_latents, random_vae, random_video
+from wan_core.vae import WanVAE
 from wan_core.vae.layers import Stream
+from wan_core.vae.streaming import _tuned_convolutions
 
 
 @pytest.fixture(scope="module", params=SMALL)
@@ -195,3 +197,37 @@ def test_the_measure_of_memory_sees_a_whole_clip(vae):
     peaks = [peak_bytes(lambda: vae.decode_piece(latents, Stream(whole=True)), latents, parameters=vae.parameters())
              for latents in (random_latents(vae.spec, 5, 3, 3), random_latents(vae.spec, 17, 3, 3))]
     assert peaks[1] > 2.5 * peaks[0]
+
+
+def test_wide_layers_take_several_latent_frames_together(vae):
+    """Small pictures pass the wide layers four latent frames at a time, large ones one by one, with the same result."""
+    assert [vae.at_once(side, side) for side in (3, 64, 600)] == [4, 4, 1]
+    released = WanVAE.at_once
+    latents, video = random_latents(vae.spec, 8, 2, 3), random_video(vae.spec, 29, 2, 3)
+    together = vae.decode(latents), vae.encode(video)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WanVAE, "at_once", lambda self, height, width: min(1, released(self, height, width)))
+        alone = vae.decode(latents), vae.encode(video)
+    for ours, expected in zip(together, alone):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+def test_tuning_of_convolutions_is_given_back(monkeypatch):
+    """cuDNN's setting is changed for a piece of work and is afterwards as it was, whatever happens in between."""
+    for before in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+        with pytest.raises(Interrupted), _tuned_convolutions():
+            assert torch.backends.cudnn.benchmark
+            raise Interrupted
+        assert torch.backends.cudnn.benchmark is before
+
+
+def test_kernels_off_the_cpu_are_in_the_order_of_pictures(vae):
+    """On another device every kernel becomes channels-last, once; on a CPU the weights stay the tensors that they are."""
+    before = {name: parameter.data_ptr() for name, parameter in vae.named_parameters()}
+    assert {name: parameter.data_ptr() for name, parameter in vae.arranged().named_parameters()} == before
+    with torch.device("meta"):
+        other = WanVAE(vae.spec).arranged()
+    orders = {4: torch.channels_last, 5: torch.channels_last_3d}
+    assert all(p.is_contiguous(memory_format=orders[p.ndim]) for p in other.parameters() if p.ndim in orders)
+    assert any(not p.is_contiguous() for p in other.parameters())

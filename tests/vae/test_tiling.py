@@ -185,3 +185,16 @@ def test_count_is_how_many_tiles_run(height, width, count):
     vae, pieces = random_vae(SMALL["wan21"]), []
     vae.decode(random_latents(vae.spec, 1, height, width), tiling=Tiling(64, 64, 16), on_piece=lambda: pieces.append(1))
     assert len(pieces) == count
+
+
+@pytest.mark.parametrize("together", [2, 3, 6])
+def test_tiles_that_pass_together_equal_tiles_one_by_one(vae, together):
+    """Tiles in batches give the same picture and latents as one by one, and every piece of theirs is counted."""
+    stride = vae.spec.spatial_stride
+    one_by_one = Tiling(4 * stride, 4 * stride, 2 * stride)
+    batched, seen = replace(one_by_one, together=together), []
+    latents, video = random_latents(vae.spec, 3, 6, 8, batch=2), random_video(vae.spec, 5, 6, 8, batch=2)
+    pixels = vae.decode(latents, tiling=batched, on_piece=lambda: seen.append(None))
+    assert len(seen) == 3 * one_by_one.count(6, 8, stride) == 18
+    torch.testing.assert_close(pixels, vae.decode(latents, tiling=one_by_one), atol=1e-5, rtol=0)
+    torch.testing.assert_close(vae.encode(video, tiling=batched), vae.encode(video, tiling=one_by_one), atol=1e-5, rtol=0)

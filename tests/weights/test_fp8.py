@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wan_core.weights.fp8 import can_multiply, fp8_product, has_fp8_products
+from wan_core.weights.fp8 import _finished, can_multiply, fp8_product, has_fp8_products, rounded_rows
 from wan_core.weights.gguf_blocks import FORMATS
 from wan_core.weights.gguf_encode import quantise
 from wan_core.weights.quantised import Blocks, Quantised, Scaled
@@ -35,6 +35,29 @@ def test_the_product_is_that_of_rounded_factors(scale_shape):
     assert ((y.double() - expected).norm() / expected.norm()) < 0.005
     exact = x.double() @ stored.dequantise(torch.float64).T + bias.double()
     assert 0.001 < (y.double() - exact).norm() / exact.norm() < 0.04
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+def test_numbers_are_rounded_over_scales_that_fit(by_row):
+    """Promise: with a scale for each row or one for all, the largest number is the largest code, others are within half
+    a step of e4m3, and zeros stay zeros."""
+    x = numbers(5, 64) * torch.tensor([1, 100, 0, -3, 1e-3]).unsqueeze(1)
+    codes, scale = rounded_rows(x.bfloat16(), by_row)
+    assert scale.shape == ((5, 1) if by_row else ())
+    peaks = codes.float().abs().amax(1)
+    assert peaks.tolist() == [448, 448, 0, 448, 448] if by_row else peaks.max() == 448
+    # bfloat16 before, e4m3 then: four bits, of the smallest numbers fewer.
+    assert ((codes.float() * scale - x).abs() <= x.abs() * (2 ** -4 + 2 ** -7) + scale * 2 ** -10).all()
+
+
+@pytest.mark.parametrize("scale", [None, numbers(1, 6, seed=1)], ids=["no scale", "scale"])
+@pytest.mark.parametrize("bias", [None, numbers(6, seed=2)], ids=["no bias", "bias"])
+def test_what_comes_behind_the_product(scale, bias):
+    """Promise: scales of the output and bias are applied in float32 and rounded once, where the product was."""
+    y = numbers(5, 6).bfloat16()
+    expected = (y.float() * (1 if scale is None else scale) + (0 if bias is None else bias)).bfloat16()
+    found = _finished(y, scale, bias)
+    assert found.data_ptr() == y.data_ptr() and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(("stored", "can"), [

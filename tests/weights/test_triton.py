@@ -4,7 +4,6 @@ Without a GPU the kernels run in Triton's interpreter, which shows that their ar
 graphics cards is tested apart, and that they run there only where there is one.
 """
 
-import importlib
 import itertools
 import logging
 import math
@@ -16,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from wan_core.weights.fused import fused_blocks, fused_scaled, kernels_for
+from tests.interpreter import interpreted_kernels
+from wan_core.weights.fp8 import has_fp8_products
+from wan_core.weights.fused import fused_blocks, fused_rounding, fused_scaled, kernels_for
 from wan_core.weights.gguf_blocks import FORMATS
 from wan_core.weights.quantised import Blocks, Scaled
 
@@ -31,12 +32,9 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a process ha
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    """The module of kernels; interpreted where there is no GPU. Triton looks at the variable when they are defined,
-    so this comes before all that imports them."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not torch.cuda.is_available():
-            patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.import_module("wan_core.weights.triton_kernels")
+    """The module of kernels; this comes before all that imports it."""
+    with interpreted_kernels("wan_core.weights.triton_kernels") as module:
+        yield module
 
 
 def random_bytes(*shape, seed=0):
@@ -88,6 +86,35 @@ def test_scaled_codes_are_those_of_torch(form, dtype, kernels):
         assert same(kernels.dequantise_scaled(codes.view(form), scale, dtype), expected)
 
 
+def rounding_cases():
+    """Rows that fill no tile, one with zeros alone, one with tiny and one with large numbers: all of them e4m3 times a
+    power of 2, whose rounding is known (the interpreter's own is that of no card)."""
+    for width in (72, 5120, 13824):
+        codes = torch.randint(0, 256, (5, width), generator=torch.Generator().manual_seed(width)).to(torch.uint8)
+        numbers = codes.view(torch.float8_e4m3fn).float().nan_to_num()
+        numbers[:, 7] = 448
+        numbers[2] = 0
+        yield numbers * torch.tensor([1, 2 ** -10, 1, 2, 0.5]).unsqueeze(1)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounded_rows_are_those_of_torch(dtype, kernels):
+    """Promise: each row's scale takes its largest number to the largest code, rows of zeros have one as well; and with
+    one scale for all rows the codes are those of that."""
+    for rows in rounding_cases():
+        given = rows[:2].to(dtype), rows[2:4].to(dtype), rows.to(dtype)[:, 1::2]
+        for part in given:
+            codes, scale = kernels.round_rows(part, None)
+            assert torch.equal(scale, (part.float().abs().amax(1, keepdim=True) / 448).clamp(
+                min=torch.finfo(torch.float32).tiny))
+            expected = (part.float() / scale).to(torch.float8_e4m3fn)
+            assert torch.equal(codes.float(), expected.float())
+    one = torch.tensor(0.25)
+    codes, scale = kernels.round_rows(rows[3:4].to(dtype) / 8, one)
+    assert scale is one and torch.equal(codes.float(), rows[3:4] / 2)
+
+
 @interpreted
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_bytes_may_lie_anywhere(kernels):
@@ -112,6 +139,7 @@ def test_weights_off_the_gpu_have_no_kernel():
     assert kernels_for(torch.device("cpu")) is None and fused_blocks(FORMATS["Q8_0"], raw, torch.bfloat16) is None
     assert fused_scaled(codes, torch.ones(1), torch.bfloat16) is None
     assert fused_blocks(FORMATS["Q8_0"], raw, torch.float64) is None
+    assert fused_rounding(torch.zeros(2, 16), None) is None
 
 
 def test_a_device_that_fails_is_tried_once(caplog):
@@ -156,18 +184,25 @@ for name in sys.argv[1:]:
 types = {"codes": "*u8", "scale": "*fp32", "out": "*fp16", "parts": "i32", "length": "i64", "tiles": "i32"}
 made = assembly(kernels._scaled, types, {"KIND": "e4m3", "HEIGHT": 2, "WIDTH": 1024}, GPUTarget("hip", "gfx1100", 32))
 print("scaled", len(made["hsaco"]) > 0)
+types, sizes = {"rows": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"}, {"WIDTH": 13824, "TILE": 16384}
+for target, measured in ((89, False), (90, True)):
+    made = assembly(kernels._rounded, types, {"MEASURED": measured, "LARGEST": 448.0, "SMALLEST": 1e-38, **sizes},
+                    GPUTarget("cuda", target, 32))
+    print(target, len(made["cubin"]) > 0)
 """
 
 
 @pytest.mark.slow
 def test_kernels_compile_for_graphics_cards(tmp_path):
     """Promise: every kernel of blocks compiles for NVIDIA cards since Turing, without joined products and sums, which
-    would round otherwise than PyTorch; that of FP8 for AMD's RDNA 3, which has no FP8 type."""
+    would round otherwise than PyTorch; that of FP8 for AMD's RDNA 3, which has no FP8 type; that which rounds to FP8
+    for the cards that have it."""
     names = ("Q5_1", "Q2_K", "Q3_K", "Q5_K", "Q6_K", "IQ4_XS")
     surroundings = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     found = subprocess.run([sys.executable, "-c", COMPILE, *names], cwd=ROOT, capture_output=True, text=True,
                            env=surroundings)
-    assert found.stdout.split() == [word for name in (*names, "scaled") for word in (name, "True")], found.stderr
+    assert found.stdout.split() == [word for name in (*names, "scaled", "89", "90")
+                                    for word in (name, "True")], found.stderr
 
 
 @on_gpu
@@ -200,3 +235,19 @@ def test_without_a_compiler_the_numbers_still_come(tmp_path):
     surroundings = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "CC": str(tmp_path / "no-compiler")}
     found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env=surroundings)
     assert found.stdout.strip() == "0.0" and "does not run here" in found.stderr
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounding_on_a_gpu(dtype):
+    """Promise: on a card with FP8 activations are rounded by the kernel, to the codes that the CPU gives: all but those
+    in the middle of two, which another last digit of the quotient may take to either."""
+    if not has_fp8_products(GPU):
+        pytest.skip("this card has no FP8 arithmetic")
+    rows = torch.randn(33, 5120, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for scale in (None, torch.tensor(0.02)):
+        codes, own = fused_rounding(rows.to(GPU), None if scale is None else scale.to(GPU))
+        wanted = rows.float() / own.cpu()
+        expected = wanted.to(torch.float8_e4m3fn).float()
+        assert (codes.cpu().float() != expected).float().mean() < 1e-4
+        assert (codes.cpu().float() - wanted).abs().max() <= 16.01

@@ -1,9 +1,12 @@
 """The Wan diffusion transformer: released parameter names, one attention function, rotary tables."""
 
-from .attention import BACKENDS, attention, check_backend
-from .inputs import ModelInputs, TextTokens, VaceControl
-from .model import WanTransformer
+from .attention import BACKENDS, Attention, AttentionRange, Radial, attention, check_backend, describe_backends
+from .compiled import MODES, Compile, use_compiled
+from .inputs import ModelInputs, NegativeText, TextTokens, VaceControl
+from .model import Shortcut, WanTransformer
+from .nag import NormalisedAttention
 from .vace import VaceTransformer
 
-__all__ = ["BACKENDS", "ModelInputs", "TextTokens", "VaceControl", "VaceTransformer", "WanTransformer", "attention",
-           "check_backend"]
+__all__ = ["BACKENDS", "MODES", "Attention", "AttentionRange", "Compile", "ModelInputs", "NegativeText",
+           "NormalisedAttention", "Radial", "Shortcut", "TextTokens", "VaceControl", "VaceTransformer",
+           "WanTransformer", "attention", "check_backend", "describe_backends", "use_compiled"]

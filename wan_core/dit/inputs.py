@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .nag import NormalisedAttention
+
 
 @dataclass(frozen=True, eq=False)
 class TextTokens:
@@ -15,10 +17,20 @@ class TextTokens:
 
     Officially a text is zero-padded to 512 tokens which all take part in attention. The padding rows are all alike, and
     n equal keys weigh as much as one key whose logit is raised by log(n): so one row stands for all of them.
+    Attention to it is guided away from that to the text in `away`, if there is one.
     """
 
     tokens: Tensor
     bias: Tensor | None
+    away: "NegativeText | None" = None
+
+
+@dataclass(frozen=True, eq=False)
+class NegativeText:
+    """The text of a negative prompt, and how attention is guided away from it."""
+
+    text: TextTokens
+    how: NormalisedAttention
 
 
 @dataclass(frozen=True, eq=False)

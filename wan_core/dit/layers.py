@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attention
+from .fused import joins_gelu, rms_heads
 from .inputs import TextTokens
-from .rope import rotate
+from .nag import NormalisedAttention
+from .rope import rotate, rotate_pairs
 
 # What PyTorch's own compiler calls for a linear layer and its activation; absent in builds without oneDNN.
 _FUSED_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -45,14 +47,25 @@ class Linear(nn.Linear):
     def product(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
         """x [..., in] times weight [out, in] plus bias; also the arithmetic of layers whose weights are quantised.
 
-        On a CPU in bfloat16 bias and GELU are fused into oneDNN's matrix product, which spares two passes.
+        On a CPU in bfloat16 bias and GELU are fused into oneDNN's matrix product, which spares two passes; on a CUDA
+        device into cuBLAS's, where that has this form of GELU.
         """
         x = x.to(weight.dtype)
         fusible = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
-        if fusible and _FUSED_LINEAR:
+        # PyTorch's compiler takes this operation with constant weights only, and fuses by itself.
+        if fusible and _FUSED_LINEAR and not torch.compiler.is_compiling():
             return _FUSED_LINEAR(x, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
+        if gelu and joins_gelu(x, bias):
+            return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).view(*x.shape[:-1], -1)
         y = F.linear(x, weight, bias)
-        return F.gelu(y, approximate="tanh") if gelu else y
+        return gelu_of(y) if gelu else y
+
+
+def gelu_of(y: Tensor) -> Tensor:
+    """GELU (tanh form) of y; in place unless gradients are recorded."""
+    if torch.is_grad_enabled():
+        return F.gelu(y, approximate="tanh")
+    return torch.ops.aten.gelu_(y, approximate="tanh")
 
 
 class RMSNorm(nn.Module):
@@ -97,11 +110,19 @@ def add_residual(x: Tensor, update: Tensor, gate: Tensor | None = None) -> Tenso
 
 
 class Source(NamedTuple):
-    """Keys and values [B, N, heads, head_dim] that all video tokens attend to, and a bias [N] of the logits or None."""
+    """Keys and values [B, N, heads, head_dim] that all video tokens attend to, and a bias [N] of the logits or None;
+    if attention to them is guided, the source to guide it away from, and how."""
 
     k: Tensor
     v: Tensor
     bias: Tensor | None = None
+    away: "Source | None" = None
+    how: NormalisedAttention | None = None
+
+    def attended(self, q: Tensor, backend: str) -> Tensor:
+        """Attention [B, L, D] of queries [B, L, heads, head_dim]."""
+        out = attention(q, self.k, self.v, bias=self.bias, backend=backend)
+        return out if self.how is None else self.how.guided(out, self.away.attended(q, backend))
 
 
 class SelfAttention(nn.Module):
@@ -119,12 +140,20 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, L, heads, head_dim] of x [B, L, D] at positions rope [L, 1, head_dim / 2]."""
-        q = self._rotated(*self.norm_q.parts(self.q(x)), rope).to(x.dtype)
-        k = self._rotated(*self.norm_k.parts(self.k(x)), rope).to(x.dtype)
+        q = self._rotated(self.q(x), self.norm_q, rope, x.dtype)
+        k = self._rotated(self.k(x), self.norm_k, rope, x.dtype)
         return q, k, self._heads(self.v(x))
 
-    def _rotated(self, x: Tensor, scale: Tensor, rope: Tensor) -> Tensor:
-        return rotate(self._heads(x), rope * scale.unsqueeze(-1))
+    def _rotated(self, x: Tensor, norm: RMSNorm, rope: Tensor, dtype: torch.dtype) -> Tensor:
+        """Normed and rotated queries or keys by heads, maybe in the memory of x [B, L, D]."""
+        fused = rms_heads(x, norm.weight, norm.eps, self.num_heads, dtype, rope)
+        if fused is not None:
+            return fused
+        numbers, scale = norm.parts(x)
+        del x
+        if not rope.is_complex():
+            return rotate_pairs(self._heads(numbers * scale), rope).to(dtype)
+        return rotate(self._heads(numbers), rope * scale.unsqueeze(-1)).to(dtype)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
@@ -135,15 +164,25 @@ class CrossAttention(SelfAttention):
 
     def prepare(self, text: TextTokens, image: Tensor | None) -> tuple[Source, ...]:
         """What the video tokens attend to; `image` is None: this attention has no layers for it."""
-        return (Source(self._keys(self.k(text.tokens), self.norm_k), self._heads(self.v(text.tokens)), text.bias),)
+        source = Source(self._keys(self.k(text.tokens), self.norm_k), self._heads(self.v(text.tokens)), text.bias)
+        if text.away is None:
+            return (source,)
+        away, = CrossAttention.prepare(self, text.away.text, None)
+        return (source._replace(away=away, how=text.away.how),)
 
-    def forward(self, x: Tensor, sources: tuple[Source, ...], backend: str) -> Tensor:
-        """x [B, L, D] -> [B, L, D]: attention to each of the sources, added up."""
-        q = self._keys(self.q(x), self.norm_q).to(x.dtype)
-        first, *others = (attention(q, source.k, source.v, bias=source.bias, backend=backend) for source in sources)
-        return self.o(sum(others, first))
+    def query(self, x: Tensor) -> Tensor:
+        """Normed queries [B, L, heads, head_dim] of x [B, L, D]."""
+        return self._keys(self.q(x), self.norm_q).to(x.dtype)
+
+    def attend(self, q: Tensor, sources: tuple[Source, ...], backend: str) -> Tensor:
+        """Attention of `query`'s result to each of the sources, added up, before its output projection: [B, L, D]."""
+        first, *others = (source.attended(q, backend) for source in sources)
+        return sum(others, first)
 
     def _keys(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """Normed queries or keys by heads, in the type of x [B, N, D]."""
+        """Normed queries or keys by heads, in the type of x [B, N, D] and maybe in its memory."""
+        fused = rms_heads(x, norm.weight, norm.eps, self.num_heads, x.dtype)
+        if fused is not None:
+            return fused
         numbers, scale = norm.parts(x)
         return self._heads(numbers * scale if torch.is_grad_enabled() else numbers.mul_(scale)).to(x.dtype)

@@ -6,8 +6,9 @@ checkpoints, so a file's tensors are assigned as they are (Wan2.1 `wan/modules/m
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..presets import TransformerSpec
-from .attention import attention, check_backend
+from .attention import BlockPattern, Radial, attention, check_backend, sparse_attention
+from .compiled import Compiled, Piece, Run, at_once
 from .image import ImageCrossAttention, ImageEmbedding
 from .inputs import ModelInputs, TextTokens
 from .layers import (
@@ -28,6 +30,7 @@ from .layers import (
     modulated_norm,
 )
 from .rope import rope_table
+from .stream import add_and_modulate, add_gated, add_gated_and_norm, modulated
 from .time import TimeRows, sinusoidal_embedding, time_rows
 
 # Highest position on any axis that the released models' rotary tables know.
@@ -55,19 +58,49 @@ class Shared:
     image: Tensor | None
     backend: str
     chunk: int | None = None
+    run: Run = at_once
+    pattern: BlockPattern | None = None
+    dense_blocks: int = 0
+
+    def at(self, index: int) -> "Shared":
+        """What block `index` is given: the first `dense_blocks` know of no `pattern`."""
+        return replace(self, pattern=None) if self.pattern and index < self.dense_blocks else self
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Self-attention of q, k, v [B, L, heads, head_dim] -> [B, L, D]; with a `pattern`, of what that keeps."""
+        if self.pattern is None:
+            return attention(q, k, v, backend=self.backend)
+        return sparse_attention(q, k, v, self.pattern, self.backend)
 
     def each_chunk(self, function: OnChunk, x: Tensor, time: TimeRows) -> list[Tensor]:
-        """function(tokens, their runs, where they begin) of x [B, L, D], chunk by chunk."""
-        length, size = x.shape[1], self.chunk
-        if size is None or size >= length or torch.is_grad_enabled():
+        """function(tokens, their runs, where they begin) of x [B, L, D], chunk by chunk.
+
+        Compiled code takes one run at a time, so that neither their number nor their lengths are part of it.
+        """
+        length = x.shape[1]
+        starts = set(range(0, length, self.chunk or length))
+        if self.run is not at_once:
+            starts.update(accumulate(time.lengths[:-1]))
+        if len(starts) == 1 or torch.is_grad_enabled():
             return [function(x, time, 0)]
-        return [function(x[:, start:start + size], time.part(start, min(start + size, length)), start)
-                for start in range(0, length, size)]
+        return [function(x[:, start:stop], time.part(start, stop), start)
+                for start, stop in pairwise((*sorted(starts), length))]
 
     def in_chunks(self, function: OnChunk, x: Tensor, time: TimeRows) -> Tensor:
         """`each_chunk` of a function that, without gradients, changes its tokens in place."""
         results = self.each_chunk(function, x, time)
         return results[0] if len(results) == 1 else x
+
+
+class Shortcut(Protocol):
+    """A way around the blocks of one call: what they added to the tokens of an earlier one."""
+
+    def reused(self) -> Tensor | None:
+        """What is added [B, L, D] in place of running the blocks; None to run them."""
+
+    def keep(self, added: Callable[[], Tensor]) -> None:
+        """Offers what the blocks have added, [B, L, D] in the type that they compute in; nothing is computed before it
+        is called, and it can be called now only."""
 
 
 class SideBranch(Protocol):
@@ -94,28 +127,25 @@ class Block(nn.Module):
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """x [B, L, D] float32 -> [B, L, D] float32, the same tensor unless gradients are recorded."""
         time = shared.time.map(lambda row: self.modulation.float() + row)
-        attended = self._attend(x, time, shared)
+        attended = shared.attend(*self._projected(x, time, shared))
         sources = self.cross_attn.prepare(shared.text, shared.image)
 
         def finish(part: Tensor, own: TimeRows, start: int) -> Tensor:
             """What comes behind self-attention sees each token alone."""
-            dtype = self.ffn[0].dtype
-            part = _add_gated(part, self.self_attn.o(attended[:, start:start + part.shape[1]]), own, 2)
-            h = self.norm3(part).to(dtype)
-            part = add_residual(part, self.cross_attn(h, sources, shared.backend))
-            h = self._modulated(part, own, 3, dtype)
-            return _add_gated(part, self.ffn[2](self.ffn[0](h, gelu=True)), own, 5)
+            part, q = shared.run(self.QUERY, self, part, own, attended[:, start:start + part.shape[1]])
+            attended_to = [self.cross_attn.attend(q, sources, shared.backend)]
+            del q
+            return shared.run(self.FINISH, self, part, own, attended_to)
 
         return shared.in_chunks(finish, x, time)
 
-    def _attend(self, x: Tensor, time: TimeRows, shared: Shared) -> Tensor:
-        """Self-attention of x, before its output projection: [B, L, D]."""
+    def _projected(self, x: Tensor, time: TimeRows, shared: Shared) -> list[Tensor]:
+        """Queries, keys and values of self-attention, [B, L, heads, head_dim] each."""
         made: list[Tensor] = []
 
         def project(part: Tensor, own: TimeRows, start: int) -> None:
             stop = start + part.shape[1]
-            h = self._modulated(part, own, 0, self.ffn[0].dtype)
-            projected = self.self_attn.project(h, shared.rope[start:stop])
+            projected = shared.run(self.PROJECT, self, part, own, shared.rope[start:stop])
             if part.shape[1] == x.shape[1]:
                 made.extend(projected)
                 return
@@ -125,14 +155,33 @@ class Block(nn.Module):
                 whole[:, start:stop] = one
 
         shared.each_chunk(project, x, time)
-        return attention(*made, backend=shared.backend)
+        return made
 
-    def _modulated(self, x: Tensor, time: TimeRows, index: int, dtype: torch.dtype) -> Tensor:
-        """The normed tokens, shifted and scaled by rows `index` and `index` + 1 of the modulation."""
-        def norm(part: Tensor, row: Tensor) -> Tensor:
-            return modulated_norm(part, row[:, index:index + 1], row[:, index + 1:index + 2], self.eps).to(dtype)
+    def _project(self, x: Tensor, time: TimeRows, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of self-attention for the tokens x [B, L, D] at positions `rope`."""
+        return self.self_attn.project(modulated(x, time, 0, self.eps, self.ffn[0].dtype), rope)
 
-        return time.per_run(norm, x)
+    def _query(self, x: Tensor, time: TimeRows, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """x with what self-attention has `attended` to, and queries of cross-attention."""
+        x, h = add_gated_and_norm(x, self.self_attn.o(attended), time, 2, self.norm3, self.ffn[0].dtype)
+        return x, self.cross_attn.query(h)
+
+    def _finish(self, x: Tensor, time: TimeRows, attended: list[Tensor]) -> Tensor:
+        """x with what cross-attention has `attended` to, and with the feed-forward network's result.
+
+        `attended` is alone in a list, from which it is taken: so nobody holds it any more when the network runs.
+        """
+        update = self.cross_attn.o(attended.pop())
+        x, h = add_and_modulate(x, update, time, 3, self.eps, self.ffn[0].dtype)
+        del update
+        h = self.ffn[0](h, gelu=True)
+        h = self.ffn[2](h)
+        return add_gated(x, h, time, 5)
+
+    # What there is between attentions, each with the layers whose weights it needs.
+    PROJECT = Piece(_project, ("self_attn.q", "self_attn.k", "self_attn.v"), changes=False)
+    QUERY = Piece(_query, ("self_attn.o", "cross_attn.q"))
+    FINISH = Piece(_finish, ("cross_attn.o", "ffn.0", "ffn.2"))
 
 
 class Head(nn.Module):
@@ -175,16 +224,20 @@ class WanTransformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), Float32Linear(spec.dim, spec.dim * 6))
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
         self.head = Head(spec)
+        self.compiled: Compiled | None = None
         if spec.image_dim:
             self.img_emb = ImageEmbedding(spec)
 
     def forward(self, inputs: ModelInputs, *, backend: str = "sdpa", chunk: int | None = None,
-                on_block: Callable[[int], None] | None = None) -> Tensor:
+                on_block: Callable[[int], None] | None = None, shortcut: Shortcut | None = None,
+                without: Collection[int] = (), radial: Radial | None = None) -> Tensor:
         """Velocity [B, out_dim, T, H, W] (float32) of a noisy video.
 
         `chunk` bounds the tokens that are worked on at a time (see `Shared`). `on_block(i)` is called before block i
-        and may raise to stop. Raises ValueError for sizes off the patch grid, inputs that this model does not have,
-        batches that differ, or an unknown backend.
+        and may raise to stop. `shortcut` may take the place of all blocks; it is for calls without gradients. The
+        blocks `without` are left out; what runs beside them still does. With `radial`, self-attention is sparse. Raises
+        ValueError for sizes off the patch grid, inputs that this model does not have, batches that differ, or an
+        unknown backend.
         """
         check_backend(backend)
         grid = self._grid(inputs.latents)
@@ -196,16 +249,45 @@ class WanTransformer(nn.Module):
             sinusoidal_embedding(row, self.spec.freq_dim).to(x.device, non_blocking=True)))
         shared = Shared(time.map(lambda row: self.time_projection(row).unflatten(1, (6, -1))),
                         rope_table(grid, self.spec.dim // self.spec.num_heads, x.device), inputs.text, inputs.image,
-                        backend, chunk)
+                        backend, chunk, run=self.compiled or at_once)
+        if self.compiled:
+            self.compiled.begin()
+        if radial:
+            shared = replace(shared, pattern=BlockPattern.radial(grid, radial.decay, x.device),
+                             dense_blocks=radial.dense_blocks)
+        reused = shortcut.reused() if shortcut else None
+        if reused is None:
+            x = self._run_blocks(x, inputs, shared, on_block, without)
+            if shortcut:
+                shortcut.keep(lambda: self._added(x, inputs.latents))
+        else:
+            x = add_residual(x, reused.to(x.device))
+        tokens = shared.each_chunk(lambda part, own, start: self.head(part, own), x, time)
+        return self._assemble_patches(torch.cat(tokens, 1) if len(tokens) > 1 else tokens[0], grid)
+
+    def time_signals(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """The embedded `timesteps` [N] of 0..1000, [N, D], and what the blocks are modulated by, [N, 6, D]; float32."""
+        device = self.patch_embedding.weight.device
+        embedded = self.time_embedding(sinusoidal_embedding(timesteps.cpu(), self.spec.freq_dim).to(device))
+        return embedded, self.time_projection(embedded).unflatten(1, (6, -1))
+
+    def _run_blocks(self, x: Tensor, inputs: ModelInputs, shared: Shared,
+                    on_block: Callable[[int], None] | None, without: Collection[int]) -> Tensor:
         branches = self._side_branches(inputs, shared)
         for index, block in enumerate(self.blocks):
             if on_block:
                 on_block(index)
-            x = block(x, shared)
+            if index not in without:
+                x = block(x, shared.at(index))
             for branch in branches:
                 x = branch.after_block(index, x)
-        tokens = shared.each_chunk(lambda part, own, start: self.head(part, own), x, time)
-        return self._assemble_patches(torch.cat(tokens, 1) if len(tokens) > 1 else tokens[0], grid)
+        return x
+
+    def _added(self, x: Tensor, latents: Tensor) -> Tensor:
+        """What the blocks have added to the tokens x [B, L, D] of `latents`, which are embedded anew: that is cheaper
+        than to keep them while the blocks run."""
+        embedded = self._embed_patches(latents, self.patch_embedding)
+        return torch.sub(x, embedded, out=embedded).to(self.patch_embedding.weight.dtype)
 
     def _side_branches(self, inputs: ModelInputs, shared: Shared) -> list[SideBranch]:
         """What runs beside the blocks, made from `inputs`."""
@@ -273,6 +355,7 @@ class WanTransformer(nn.Module):
         """Raise ValueError where the parts belong to batches of different sizes, or to another kind of model."""
         batch = inputs.latents.shape[0]
         parts = {"timesteps": inputs.timestep, "text": inputs.text.tokens, "image": inputs.image,
+                 "negative text": inputs.text.away and inputs.text.away.text.tokens,
                  **{"VACE control": control.latents for control in inputs.controls}}
         for name, part in parts.items():
             if part is not None and part.shape[0] != batch:
@@ -305,10 +388,3 @@ class WanTransformer(nn.Module):
 
 def _random_rows(count: int, dim: int) -> nn.Parameter:
     return nn.Parameter(nn.init.normal_(torch.empty(1, count, dim), std=dim ** -0.5))
-
-
-def _add_gated(x: Tensor, update: Tensor, time: TimeRows, index: int) -> Tensor:
-    """x + gate * update, the gate being row `index` of the modulation; in place unless gradients are recorded."""
-    parts = [add_residual(part, change, row[:, index:index + 1])
-             for part, change, row in zip(x.split(time.lengths, 1), update.split(time.lengths, 1), time.rows)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1) if torch.is_grad_enabled() else x

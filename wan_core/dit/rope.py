@@ -35,3 +35,10 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     turned = pairs * table if torch.is_grad_enabled() else pairs.mul_(table)
     return torch.view_as_real(turned).flatten(-2)
+
+
+def rotate_pairs(x: Tensor, table: Tensor) -> Tensor:
+    """`rotate` by cosines and sines [L, 1, head_dim / 2, 2]: PyTorch's compiler has no code for complex numbers."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = table.unbind(-1)
+    return torch.stack([a * cosine - b * sine, a * sine + b * cosine], -1).flatten(-2)

@@ -83,5 +83,5 @@ class Hints:
         block = self._blocks.get(index)
         if block is None:
             return x
-        self._tokens, x = block(self._tokens, self._shared, x, self._strength, self._video)
+        self._tokens, x = block(self._tokens, self._shared.at(index), x, self._strength, self._video)
         return x

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..memory import RESIDENT, Layout, Memory, Placement, working_dtype
 from ..memory.recovery import made_room
-from ..presets import CLIPVisionSpec, VAESpec
+from ..presets import VAES, CLIPVisionSpec, TinyVAESpec, VAESpec
 from ..text import Tokenizer, UMT5Encoder, encode_pieces, encode_prompts
-from ..vae import Tiling, WanVAE
+from ..vae import StreamingVAE, Tiling
 from ..vision import CLIPVision, preprocess
 from .part import Part
 
@@ -93,7 +93,7 @@ class VisionEncoder:
 
 @dataclass(frozen=True, eq=False)
 class VideoVAE:
-    """A video VAE and how to run it. Raises ValueError for an unknown precision or tiles off the grid."""
+    """A video VAE, or a tiny one for previews, and how to run it. Raises ValueError for an unknown precision or tiles off the grid."""
 
     part: Part
     placement: Placement
@@ -107,17 +107,21 @@ class VideoVAE:
             self.tiling.check(self.spec.spatial_stride)
 
     @property
-    def spec(self) -> VAESpec:
+    def spec(self) -> VAESpec | TinyVAESpec:
         return self.part.spec
+
+    def fits(self, spec: VAESpec) -> bool:
+        """Whether it knows the latents of a VAE: because it is that VAE, or one for previews of its latents."""
+        return self.spec == spec or isinstance(self.spec, TinyVAESpec) and VAES[self.spec.vae] == spec
 
     @property
     def computes_in(self) -> torch.dtype:
         """The type that it computes in."""
         return working_dtype(self.dtype, self.part.stored_dtype, self.placement.device)
 
-    def module(self) -> WanVAE:
+    def module(self) -> StreamingVAE:
         """The VAE, ready to run on the placement's device."""
-        return self.placement.place(self.part, self.computes_in)
+        return self.placement.place(self.part, self.computes_in).arranged()
 
     def encode(self, video: Tensor, on_piece: Callable[[], None] | None = None) -> Tensor:
         """Raw latents of video [B, 3, F, H, W] in [-1, 1]; see `WanVAE.encode`.

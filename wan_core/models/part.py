@@ -11,7 +11,7 @@ from torch import nn
 
 from ..memory import RESIDENT, Layout, below
 from ..memory.layout import block_names, by_block
-from ..presets import CLIPVisionSpec, TextEncoderSpec, TransformerSpec, VAESpec
+from ..presets import CLIPVisionSpec, TextEncoderSpec, TinyVAESpec, TransformerSpec, VAESpec
 from ..weights import TensorFile, build_module, converted, human_size, load_module, open_model
 
 # Tensors that stay in the dtype of the file: they are small, and computed in float32 whatever the rest runs in.
@@ -26,7 +26,7 @@ class Part:
     """One checkpoint: the opened file and the architecture it holds."""
 
     file: TensorFile
-    spec: TransformerSpec | VAESpec | TextEncoderSpec | CLIPVisionSpec
+    spec: TransformerSpec | VAESpec | TinyVAESpec | TextEncoderSpec | CLIPVisionSpec
     names: tuple[str, ...]
 
     @classmethod

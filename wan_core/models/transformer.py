@@ -3,12 +3,15 @@
 import logging
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..dit import WanTransformer, check_backend
+from ..cache import StepCache
+from ..cache.measuring import Measuring
+from ..dit import AttentionRange, Compile, Radial, WanTransformer, check_backend, use_compiled
+from ..guidance import GuidanceOptions
 from ..memory import RESIDENT, Layout, Memory, Placement, Plan, working_dtype
 from ..memory.recovery import made_room
 from ..presets import VAES, Preset, TransformerSpec, VAESpec
@@ -28,8 +31,12 @@ class Model:
 
     `fp8_products` is "auto", "on" or "off": whether FP8 weights are multiplied in FP8, "auto" where the device is
     faster at it. `folded` are LoRAs that are in the weights already. `plan` says where the weights live and how much is
-    worked on at a time; without one, a run makes one that keeps within `memory`. Raises ValueError for an unknown
-    precision or attention backend, and for FP8 products on a device that has none.
+    worked on at a time; without one, a run makes one that keeps within `memory`. `guidance` says all about guidance but
+    the sampler's scales, `cache` which steps may reuse what others have computed. `attention` is a backend, which
+    `attention_ranges` replace at some noise levels and `radial` makes sparse at some; with `compile` blocks are compiled.
+    Raises ValueError for an unknown
+    precision or attention backend, for FP8 products on a device that has none, and for blocks to skip that the model
+    does not have.
     """
 
     high: Part
@@ -43,11 +50,17 @@ class Model:
     folded: tuple[Lora, ...] = ()
     plan: Plan | None = None
     memory: Memory = Memory()
+    guidance: GuidanceOptions = GuidanceOptions()
+    cache: StepCache | Measuring | None = None
+    attention_ranges: tuple[AttentionRange, ...] = ()
+    radial: Radial | None = None
+    compile: Compile | None = None
 
     def __post_init__(self) -> None:
         check_backend(self.attention)
         working_dtype(self.dtype, self.low.stored_dtype, self.placement.device)
         choose_fp8_products(self.fp8_products, self.placement.device)
+        self.guidance.check_blocks(self.spec.num_layers)
 
     @property
     def multiplies_in_fp8(self) -> bool:
@@ -105,11 +118,14 @@ class Model:
         return "\n".join([self.preset.title, *files, f"computed in {computed} on {self.placement.device}"])
 
     def record(self) -> dict[str, object]:
-        """What a made video is to remember of its model: preset, files, LoRAs with their strengths."""
+        """What a made video is to remember of its model: preset, files, LoRAs with their strengths, options."""
         folded = {lora.key for lora in self.folded}
         loras = (*self.folded, *(lora for lora in self.loras if lora.key not in folded))
         return {"model": self.preset.name, "files": [part.label for part in self.parts.values()],
-                "loras": [{"file": lora.file.path.name, **lora.strengths} for lora in loras]}
+                "loras": [{"file": lora.file.path.name, **lora.strengths} for lora in loras],
+                **({"guidance options": guided} if (guided := self.guidance.record()) else {}),
+                **({"cache": str(self.cache)} if self.cache else {}),
+                **({"radial attention": asdict(self.radial)} if self.radial else {})}
 
     def name_at(self, timestep: float) -> str:
         """'high' or 'low': which expert works at `timestep` (0..1000). A single model is 'low' throughout."""
@@ -151,7 +167,18 @@ class Model:
         use_fp8_products(module, self.multiplies_in_fp8)
         if adapt(module, self.loras, name, sigma):
             self.placement.changed()
+        use_compiled(module, self.compile, why_no_graphs=self._why_no_graphs())
         return module
+
+    def _why_no_graphs(self) -> str | None:
+        """Why no CUDA graphs of this model can be recorded, if there is a reason."""
+        if self.placement.device.type != "cuda":
+            return f"the device {self.placement.device} has none"
+        if self.plan and self.plan.layout.swapped:
+            return "blocks come and go while it runs, and graphs hold the addresses of weights"
+        if any(part.file.quantised for part in self.parts.values()):
+            return "numbers are made of its quantised weights anew in each step, and graphs hold their addresses"
+        return None
 
     def expect(self, name: str, sigma: float) -> None:
         """The expert `name` will be asked for next, at a noise level: while the other one computes, what there is room

@@ -11,6 +11,7 @@ _FOLDER = Path(__file__).parent
 
 VAE = _FOLDER / "wan_nano_vae.safetensors"
 VAE22 = _FOLDER / "wan_nano_vae22.safetensors"
+TINY_VAE = _FOLDER / "wan_nano_tiny_vae.safetensors"
 TEXT_ENCODER = _FOLDER / "wan_nano_umt5.safetensors"
 CLIP_VISION = _FOLDER / "wan_nano_clip_vision.safetensors"
 T2V = _FOLDER / "wan_nano_t2v.safetensors"

@@ -10,11 +10,11 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 
-from .specs import CLIPVisionSpec, TextEncoderSpec, TransformerSpec, VAESpec
-from .tables import CLIP_VISION, PRESETS, TEXT_ENCODERS, TRANSFORMERS, VAES
+from .specs import CLIPVisionSpec, TextEncoderSpec, TinyVAESpec, TransformerSpec, VAESpec
+from .tables import CLIP_VISION, PRESETS, TEXT_ENCODERS, TINY_VAES, TRANSFORMERS, VAES
 
 Shapes = Mapping[str, tuple[int, ...]]
-Spec = TransformerSpec | VAESpec | TextEncoderSpec | CLIPVisionSpec
+Spec = TransformerSpec | VAESpec | TinyVAESpec | TextEncoderSpec | CLIPVisionSpec
 
 # What packagers and training programs put before every name; of those that begin alike, the longest first.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "net.", "module.")
@@ -241,6 +241,24 @@ def _vae(shapes: Shapes, dialect: str) -> Recognition:
     return _by_table("vae", VAES, spec, dialect, f"a {spec.kind} VAE of width {dim}: no released one has this size")
 
 
+def _tiny_vae(shapes: Shapes, dialect: str) -> Recognition:
+    if "decoder.1.weight" not in shapes:
+        return Recognition("vae", (), None, "a preview VAE of the 'super' kind, which is not supported; use the plain "
+                           "taew2_2 file", dialect)
+    z_dim, pixels = _size(shapes, "decoder.1.weight", 1), _size(shapes, "decoder.22.bias", 0)
+    known = next((spec for spec in TINY_VAES.values() if spec.z_dim == z_dim), None)
+    if known is None or pixels != 3 * known.patch ** 2:
+        raise _Odd(f"it has {z_dim} latent channels and {pixels} colours of pixels, which belong to another model's "
+                   "latents than Wan's")
+    spec = replace(known, widths=tuple(_size(shapes, f"decoder.{index}.weight", 0) for index in (1, 8, 14, 20)),
+                   encoder_width=_size(shapes, "encoder.0.weight", 0))
+    names = tuple(name for name, table in TINY_VAES.items() if _same(table, spec, "vae", "mean", "std"))
+    if names:
+        return Recognition("vae", names, TINY_VAES[names[0]], f"a tiny preview VAE ({names[0]})", dialect)
+    return Recognition("vae", (), spec, f"a tiny preview VAE of widths {spec.widths}: no released one has this size",
+                       dialect)
+
+
 def _encoder_levels(shapes: Shapes, nested: bool) -> list[list[str]]:
     """Names of the encoder's residual and resampling layers, one list a resolution (the resampling layer last)."""
     top = sorted(_indices(shapes, r"encoder\.downsamples\.(\d{1,6})\."))
@@ -300,13 +318,14 @@ def _clip_vision(shapes: Shapes, dialect: str) -> Recognition:
 
 
 _KINDS = {"transformer": "a Wan transformer", "vace_module": "a VACE module", "vae": "a Wan VAE",
-          "text_encoder": "a T5-type text encoder", "clip_vision": "a CLIP vision model"}
+          "tiny_vae": "a tiny preview VAE", "text_encoder": "a T5-type text encoder", "clip_vision": "a CLIP vision model"}
 
 # One tensor that a complete file of the kind always has, for each dialect of its key names.
 _ANCHORS = (
     ("head.modulation", "transformer", "official", _transformer),
     ("vace_patch_embedding.weight", "vace_module", "official", _vace_module),
     ("decoder.middle.0.residual.0.gamma", "vae", "official", _vae),
+    ("decoder.22.bias", "tiny_vae", "official", _tiny_vae),
     ("blocks.0.ffn.gate.0.weight", "text_encoder", "official", _text_encoder),
     ("visual.cls_embedding", "clip_vision", "official", _clip_vision),
     ("cls_embedding", "clip_vision", "official", _clip_vision),

@@ -67,6 +67,35 @@ class VAESpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TinyVAESpec:
+    """Architecture of a tiny preview VAE in the TAEHV format, and whose latents it knows.
+
+    `vae` is the entry of `VAES` whose latents it decodes and makes, `mean` and `std` are that VAE's. `widths` are the
+    decoder's channels, from the latent to the pixels, `encoder_width` those of the encoder; `patch` pixels a side are
+    one position of its widest pictures.
+    """
+
+    vae: str
+    z_dim: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    patch: int = 1
+    widths: tuple[int, int, int, int] = (256, 128, 64, 64)
+    encoder_width: int = 64
+    temporal_stride: int = 4
+
+    @property
+    def kind(self) -> str:
+        """Always 'tiny'; those of a `VAESpec` are others."""
+        return "tiny"
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent position."""
+        return 8 * self.patch
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextEncoderSpec:
     """Architecture of a UMT5 encoder. `text_len` is the number of tokens a prompt is cut and padded to."""
 

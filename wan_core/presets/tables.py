@@ -8,7 +8,7 @@ T2V-A14B, which nobody can tell apart by shapes, compare as equal.
 from dataclasses import replace
 from types import MappingProxyType
 
-from .specs import CLIPVisionSpec, Preset, Sampling, TextEncoderSpec, TransformerSpec, VAESpec
+from .specs import CLIPVisionSpec, Preset, Sampling, TextEncoderSpec, TinyVAESpec, TransformerSpec, VAESpec
 
 _WAN21_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922,
@@ -83,6 +83,15 @@ VAES = MappingProxyType({
     # The nano weights are folded so that their latents have the released VAE's mean and standard deviation.
     "nano_vae": replace(_WAN21_VAE, dim=16, decoder_dim=16, num_res_blocks=1),
     "nano_vae22": replace(_WAN22_VAE, dim=8, decoder_dim=11, num_res_blocks=1),
+})
+
+_TAEW21 = TinyVAESpec(vae="wan21_vae", z_dim=16, mean=_WAN21_MEAN, std=_WAN21_STD)
+
+TINY_VAES = MappingProxyType({
+    # taew2_1 and lighttaew2_1, of one architecture.
+    "taew2_1": _TAEW21,
+    "taew2_2": replace(_TAEW21, vae="wan22_vae", z_dim=48, mean=_WAN22_MEAN, std=_WAN22_STD, patch=2),
+    "nano_tiny_vae": replace(_TAEW21, vae="nano_vae", widths=(16, 16, 10, 10), encoder_width=6),
 })
 
 TEXT_ENCODERS = MappingProxyType({

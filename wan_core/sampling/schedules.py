@@ -93,21 +93,22 @@ def euler_schedule(steps: int, shift: float) -> Schedule:
     return schedule_from_sigmas(_shifted(even, shift))
 
 
-_BUILDERS = {"unipc": unipc_schedule, "dpm++": dpmpp_schedule, "euler": euler_schedule}
+# The official code has no grid for other solvers than its own; these are made for sigma 1 and fractional timesteps.
+_BUILDERS = {"unipc": unipc_schedule, "dpm++": dpmpp_schedule, "euler": euler_schedule, "lcm": euler_schedule,
+             "res_multistep": euler_schedule, "deis": euler_schedule, "sa_ode": euler_schedule}
 
 
 def make_schedule(solver: str, steps: int, shift: float, denoise: float = 1.0) -> Schedule:
-    """The official schedule of a solver, or the end of a longer one.
+    """The official schedule of a solver (Euler's for those that have none), or the end of a longer one.
 
-    solver: 'unipc', 'dpm++' or 'euler'. steps: the steps that will be run. denoise: greater than 0, at most 1. Below 1
+    solver: a name in SOLVERS. steps: the steps that will be run. denoise: greater than 0, at most 1. Below 1
     the schedule is made for int(steps / denoise) steps and its last `steps` are returned, as ComfyUI's BasicScheduler
     does: the run then begins with a partly noised latent. Raises ValueError for anything else.
     """
     if solver not in _BUILDERS:
         raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(_BUILDERS)}")
     _check_request(steps, shift)
-    if not 0 < denoise <= 1:
-        raise ValueError(f"denoise must be greater than 0 and at most 1, got {denoise}")
+    _check_denoise(denoise)
     if steps / denoise > MAX_STEPS:
         raise ValueError(f"steps / denoise must be at most {MAX_STEPS}, got {steps} / {denoise}; raise denoise")
     total = int(steps / denoise)
@@ -148,6 +149,16 @@ def partial(schedule: Schedule, start_step: int = 0, end_step: int | None = None
     return Schedule(schedule.sigmas[start_step : end + 1].clone(), schedule.timesteps[start_step:end].clone())
 
 
+def last_part(schedule: Schedule, denoise: float) -> Schedule:
+    """The last steps of a schedule, `denoise` (greater than 0, at most 1) of all, at least one.
+
+    For models that know few noise levels, to which `make_schedule` would add others. Raises ValueError for another
+    `denoise`.
+    """
+    _check_denoise(denoise)
+    return partial(schedule, min(schedule.steps - 1, round((1 - denoise) * schedule.steps)))
+
+
 def _truncated_schedule(even: np.ndarray, shift: float) -> Schedule:
     """even: float64 [n] without the final 0. The timesteps are cut from the float64 sigmas, before they become fp32."""
     sigmas = _shifted(even, shift)
@@ -168,6 +179,11 @@ def _check_request(steps: int, shift: float):
         raise ValueError(f"steps must be a whole number from 1 to {MAX_STEPS}, got {steps!r}")
     if not (math.isfinite(shift) and shift > 0):
         raise ValueError(f"shift must be a number greater than 0, got {shift}; Wan's own values are 3 to 16")
+
+
+def _check_denoise(denoise: float):
+    if not 0 < denoise <= 1:
+        raise ValueError(f"denoise must be greater than 0 and at most 1, got {denoise}")
 
 
 def _check_sigmas(sigmas: Tensor):

@@ -1,5 +1,5 @@
-"""Train and measure the nano family: `python -m wan_core.training vae | vae22 | t2v | experts | i2v | ti2v | vace |
-evaluate | formats`.
+"""Train and measure the nano family: `python -m wan_core.training vae | vae22 | preview | t2v | experts | i2v | ti2v |
+vace | evaluate | formats | calibrations | caches`.
 
 Each part reads what those before it wrote into `wan_core/nano`, so the whole family is trained in this order. A run
 that was stopped goes on where it was.
@@ -17,28 +17,35 @@ import torch
 from torch import Tensor
 
 from .. import nano
+from ..cache.calibration import BUNDLED, write_tables
+from ..calibrate import calibrate
 from ..models import add_vace, load_clip_vision, load_experts, load_model, load_text_encoder, load_vae
 from ..presets import PRESETS, TEXT_ENCODERS
 from ..text import Tokenizer
 from ..weights import load_module, open_model, save_weights, write_quantised
 from .clips import Clips
-from .evaluate import evaluate, evaluate_formats, evaluate_inpainting, evaluate_pictures
+from .evaluate import evaluate, evaluate_caches, evaluate_formats, evaluate_inpainting, evaluate_pictures
 from .loop import NanoTraining
 from .nano_i2v import KnownClips, train_i2v
 from .nano_t2v import TextToVideo, expert_options, train_expert, train_t2v
 from .nano_ti2v import train_ti2v
+from .nano_tiny import TinyTraining, agreement_psnr, train_tiny
 from .nano_tokenizer import train_tokenizer
 from .nano_vace import ControlledClips, train_vace
 from .nano_vae import VAE_TRAININGS, channels_read, reconstruction_psnr, train_vae
-from .shapes import all_prompts
+from .shapes import all_prompts, caption, held_out_scenes
 
 log = logging.getLogger(__name__)
+
+# Steps of the runs that caches are measured with and on.
+CACHE_STEPS = 30
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m wan_core.training", description=__doc__)
-    parts = {"vae": _vae, "vae22": _vae, "t2v": _t2v, "experts": _experts, "i2v": _i2v, "ti2v": _ti2v,
-             "vace": _vace, "evaluate": _evaluate, "formats": _formats}
+    parts = {"vae": _vae, "vae22": _vae, "preview": _preview, "t2v": _t2v, "experts": _experts, "i2v": _i2v,
+             "ti2v": _ti2v, "vace": _vace, "evaluate": _evaluate, "formats": _formats,
+             "calibrations": _calibrations, "caches": _caches}
     parser.add_argument("part", choices=list(parts))
     parser.add_argument("--run", type=Path, default=Path("out/nano"), help="folder for states and logs")
     parser.add_argument("--steps", type=int, help="training steps (default: those of the shipped models)")
@@ -55,6 +62,13 @@ def _vae(options: argparse.Namespace) -> None:
     path = {"vae": nano.VAE, "vae22": nano.VAE22}[options.part]
     _save(path, vae.state_dict(), path.stem)
     _keep_log(options.run / f"{options.part}.csv")
+
+
+def _preview(options: argparse.Namespace) -> None:
+    training, vae = TinyTraining(), load_vae().module()
+    tiny = train_tiny(vae, replace(training, steps=options.steps or training.steps), options.run)
+    _save(nano.TINY_VAE, tiny.state_dict(), nano.TINY_VAE.stem)
+    _keep_log(options.run / "preview.csv")
 
 
 def _t2v(options: argparse.Namespace) -> None:
@@ -125,7 +139,9 @@ def _trained_t2v() -> dict[str, Tensor]:
 def _evaluate(options: argparse.Namespace) -> None:
     """Write figures.json: the VAEs on 32 whole clips, and each model on 64 held-out prompts."""
     vae, vae22, text_encoder, single = load_vae(), load_vae(nano.VAE22), load_text_encoder(), load_model()
+    tiny = load_vae(nano.TINY_VAE)
     figures: dict[str, object] = {"vae_psnr_db": round(reconstruction_psnr(vae.module(), 32), 2),
+                                  "preview_psnr_db": round(agreement_psnr(tiny.module(), vae.module(), 32), 2),
                                   "vae22_psnr_db": round(reconstruction_psnr(vae22.module(), 32), 2)}
     for name, model in (("t2v", single), ("t2v_experts", load_experts())):
         figures[name] = asdict(evaluate(model, vae, text_encoder))
@@ -148,6 +164,27 @@ def _formats(options: argparse.Namespace) -> None:
         figures[name] = asdict(scores)
         log.info("%s: %s", name, figures[name])
         (nano.VAE.parent / "formats.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _calibrations(options: argparse.Namespace) -> None:
+    """Write what MagCache and TeaCache have to know of the bundled text-to-video models: 8 prompts, 30 steps."""
+    measured = []
+    for model in (load_model(), load_experts()):
+        prompts = [caption(scene) for scene in held_out_scenes(8)]
+        measured.append(calibrate(prompts, model, steps=CACHE_STEPS))
+        log.info("%s", measured[-1])
+    write_tables(measured, BUNDLED)
+
+
+def _caches(options: argparse.Namespace) -> None:
+    """Write caches.json: the text-to-video models with every step cache, on 256 held-out prompts."""
+    figures = {}
+    for model in (load_model(), load_experts()):
+        rows = figures[model.preset.name] = {}
+        for name, scores in evaluate_caches(model, load_vae(), load_text_encoder(), steps=CACHE_STEPS):
+            rows[name] = asdict(scores)
+            log.info("%s, %s: %s", model.preset.name, name, rows[name])
+            (nano.VAE.parent / "caches.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], title: str) -> None:

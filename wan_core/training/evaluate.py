@@ -5,17 +5,18 @@ nothing of the prompt.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..cache import QUALITIES, EasyCache, MagCache, TeaCache
 from ..conditioning import TextCondition
 from ..models import Model, TextEncoder, VideoVAE, VisionEncoder
 from ..pipeline import generate, initial_noise, latent_shape, sample
-from ..sampling import Conditions, Guidance, make_schedule
+from ..sampling import Conditions, Guidance, Step, make_schedule
 from ..visuals import Visuals
 from ..weights import TARGETS
 from .nano_vace import box_mask
@@ -66,11 +67,50 @@ def evaluate_formats(model: Model, vae: VideoVAE, text_encoder: TextEncoder, *,
     scenes, reference = held_out_scenes(prompts), None
     for name, chosen in choices.items():
         clips = torch.stack(list(_clips(chosen, vae, text_encoder, scenes, _guidance(model))))
-        reference = clips if reference is None else reference
-        yield name, FormatEvaluation(
-            _guidance(model), prompts, *_percentages([_seen(clip) for clip in clips], scenes),
-            round(chosen.low.size(torch.bfloat16) / 1e6, 3),
-            None if chosen is model else round(_psnr(clips, reference), 2))
+        scores, reference = _compared(clips, reference, scenes)
+        yield name, FormatEvaluation(_guidance(model), prompts, *scores[:3],
+                                     round(chosen.low.size(torch.bfloat16) / 1e6, 3), scores[3])
+
+
+@dataclass(frozen=True)
+class CacheEvaluation(Evaluation):
+    """The same for a model with a step cache: percentage of the transformer's passes that were reused, and PSNR in dB
+    of its clips to those of the whole run from the same noise."""
+
+    steps: int
+    reused: float
+    psnr_db: float | None
+
+
+def evaluate_caches(model: Model, vae: VideoVAE, text_encoder: TextEncoder, *, steps: int = 30,
+                    prompts: int = 256) -> Iterator[tuple[str, CacheEvaluation]]:
+    """Scores of a text-to-video model without a step cache and with each, in every quality, one after the other."""
+    preset = model.preset.name
+    choices = {"none": None}
+    for quality in QUALITIES:
+        choices |= {f"TeaCache, {quality}": TeaCache.for_preset(preset, quality),
+                    f"MagCache, {quality}": MagCache.for_preset(preset, quality),
+                    f"EasyCache, {quality}": EasyCache.of_quality(quality)}
+    scenes, reference = held_out_scenes(prompts), None
+    for name, cache in choices.items():
+        passes = []
+
+        def on_step(step: Step, passes: list[tuple[int, int]] = passes) -> None:
+            passes.append((len(step.branches), len(step.reused)))
+
+        clips = torch.stack(list(_clips(replace(model, cache=cache), vae, text_encoder, scenes, _guidance(model),
+                                        steps, on_step)))
+        scores, reference = _compared(clips, reference, scenes)
+        ran, reused = map(sum, zip(*passes))
+        yield name, CacheEvaluation(_guidance(model), prompts, *scores[:3], steps, round(100 * reused / ran, 1),
+                                    scores[3])
+
+
+def _compared(clips: Tensor, reference: Tensor | None,
+              scenes: Sequence[Scene]) -> tuple[tuple[float, float, float, float | None], Tensor]:
+    """Percentages of `clips` and their PSNR to the reference, which they are themselves if there is none."""
+    psnr = None if reference is None else round(_psnr(clips, reference), 2)
+    return (*_percentages([_seen(clip) for clip in clips], scenes), psnr), clips if reference is None else reference
 
 
 @dataclass(frozen=True)
@@ -152,7 +192,8 @@ def _guidance(model: Model) -> tuple[float, float]:
 
 
 def _clips(model: Model, vae: VideoVAE, text_encoder: TextEncoder, scenes: Sequence[Scene],
-           guidance: tuple[float, float], steps: int | None = None) -> Iterator[Tensor]:
+           guidance: tuple[float, float], steps: int | None = None,
+           on_step: Callable[[Step], None] | None = None) -> Iterator[Tensor]:
     """A clip [3, F, H, W] for the caption of each scene, seeded 0, 1, 2, ..."""
     defaults = model.preset.sampling
     schedule = make_schedule(defaults.solver, steps or defaults.steps, defaults.shift)
@@ -164,5 +205,5 @@ def _clips(model: Model, vae: VideoVAE, text_encoder: TextEncoder, scenes: Seque
         negative = text_encoder.encode([defaults.negative_prompt] * len(batch))
         conditions = Conditions([TextCondition(positive)], [TextCondition(negative)])
         latents = sample(model, torch.zeros_like(noise), schedule, conditions, Guidance(*guidance), noise=noise,
-                         solver=defaults.solver)
+                         solver=defaults.solver, on_step=on_step)
         yield from vae.decode(latents)

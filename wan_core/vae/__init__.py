@@ -2,6 +2,8 @@
 
 from .model import WanVAE
 from .stats import LatentStats
+from .streaming import StreamingVAE
 from .tiling import Tiling
+from .tiny import TinyVAE
 
-__all__ = ["LatentStats", "Tiling", "WanVAE"]
+__all__ = ["LatentStats", "StreamingVAE", "Tiling", "TinyVAE", "WanVAE"]

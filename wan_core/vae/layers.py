@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convolution import after_history, first_frame, joined, on_doubled, pointwise
+from .convolution import after_history, first_frame, joined, minimal_filtering_pays, on_doubled, pointwise
+from .fused import norm_silu
 
 
 class Stream:
@@ -63,6 +64,25 @@ class CausalConv3d(nn.Conv3d):
             return first_frame(x, self.weight, self.bias, spatial)
         return after_history(x, history, self.weight, self.bias, spatial)
 
+    def activated(self, norm: "RMSNorm", x: Tensor, stream: Stream, *, inplace: bool = False) -> Tensor:
+        """Norm, SiLU and this 3x3x3 convolution; `inplace` may overwrite x.
+
+        Where the convolution reads a piece and the frames before it as one tensor, the piece is written there at once.
+        """
+        history, frames = stream.recall(self), x.shape[2]
+        if torch.is_grad_enabled() or history is None and frames == 1 or minimal_filtering_pays(x, self.weight):
+            inplace = inplace and not torch.is_grad_enabled()
+            return self(F.silu(norm(x, inplace=inplace), inplace=not torch.is_grad_enabled()), stream)
+        whole = torch.empty((*x.shape[:2], self.past_frames + frames, *x.shape[3:]), dtype=x.dtype, device=x.device,
+                            memory_format=torch.channels_last_3d)
+        if history is None:
+            whole[:, :, :self.past_frames].zero_()
+        else:
+            whole[:, :, :self.past_frames] = history
+        norm_silu(x, norm.gamma, whole[:, :, self.past_frames:])
+        stream.remember(self, whole[:, :, -self.past_frames:])
+        return F.conv3d(whole, self.weight, self.bias, padding=(0, *self.padding[1:]))
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over channels, `x / ||x||_2 * sqrt(C) * gamma`, statistics in float32."""
@@ -95,14 +115,11 @@ class ResidualBlock(nn.Module):
         self.shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        inplace = not torch.is_grad_enabled()
         residual = self.residual
-        h = F.silu(residual[0](x), inplace=inplace)
-        h = residual[2](h, stream)
-        h = F.silu(residual[3](h, inplace=inplace), inplace=inplace)
-        h = residual[6](h, stream)
+        h = residual[2].activated(residual[0], x, stream)
+        h = residual[6].activated(residual[3], h, stream, inplace=True)
         shortcut = x if self.shortcut is None else self.shortcut(x, stream)
-        return h.add_(shortcut) if inplace else h + shortcut
+        return h + shortcut if torch.is_grad_enabled() else h.add_(shortcut)
 
 
 class AttentionBlock(nn.Module):
@@ -190,7 +207,13 @@ def head(dim: int, out_dim: int) -> nn.Sequential:
 
 
 def run_head(layers: nn.Sequential, x: Tensor, stream: Stream) -> Tensor:
-    return layers[2](F.silu(layers[0](x), inplace=not torch.is_grad_enabled()), stream)
+    return layers[2].activated(layers[0], x, stream)
+
+
+def last_in_time(layers: nn.Sequential) -> int:
+    """How many of a half's layers come before its number of frames stays as it is."""
+    return max((index + 1 for index, layer in enumerate(layers)
+                if any(name.endswith("time_conv.weight") for name, _ in layer.named_parameters())), default=0)
 
 
 def through(layers: Iterable[nn.Module], x: Tensor, stream: Stream) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..presets import VAESpec
+from ..presets import TinyVAESpec, VAESpec
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class LatentStats:
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, spec: VAESpec) -> "LatentStats":
+    def of(cls, spec: VAESpec | TinyVAESpec) -> "LatentStats":
         return cls(spec.mean, spec.std)
 
     def normalise(self, latents: Tensor) -> Tensor:

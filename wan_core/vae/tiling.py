@@ -13,11 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tile height, tile width and overlap of neighbouring tiles, all in pixels."""
+    """Tile height, tile width and overlap of neighbouring tiles, all in pixels; `together` tiles pass in one batch."""
 
     height: int
     width: int
     overlap: int = 64
+    together: int = 1
 
     def check(self, stride: int) -> None:
         """Raise ValueError unless all sizes fit the VAE's spatial `stride` (pixels per latent pixel)."""
@@ -25,6 +26,8 @@ class Tiling:
             if value % stride or value < stride:
                 raise ValueError(f"VAE tile {name} is {value} pixels; it must be a positive multiple of {stride}. "
                                  f"Use {max(stride, round(value / stride) * stride)}.")
+        if self.together < 1:
+            raise ValueError(f"{self.together} VAE tiles are to pass together; use 1 or more.")
         if self.overlap * 2 > min(self.height, self.width):
             raise ValueError(f"VAE tile overlap is {self.overlap} pixels, more than half of the tile "
                              f"({self.width}x{self.height}); use at most {min(self.height, self.width) // 2}.")
@@ -54,6 +57,44 @@ class Span:
         if self.fall:
             weight *= 1 - _ramp(centres, *self.fall)
         return weight
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile: its rows and columns in latent pixels."""
+
+    rows: Span
+    columns: Span
+
+    @property
+    def is_part(self) -> bool:
+        """Whether there are other tiles beside it."""
+        return any((self.rows.rise, self.rows.fall, self.columns.rise, self.columns.fall))
+
+    def cut(self, source: Tensor, scale: int) -> Tensor:
+        """Its region of source [..., height, width] with `scale` positions per latent pixel."""
+        return source[..., self.rows.start * scale:self.rows.stop * scale,
+                      self.columns.start * scale:self.columns.stop * scale]
+
+    def add_to(self, out: Tensor, piece: Tensor, scale: int) -> None:
+        """Add its result to `out`, weighted; where there is no other tile, write it."""
+        if not self.is_part:
+            out.copy_(piece)
+            return
+        weights = self.rows.weights(scale)[:, None] * self.columns.weights(scale)
+        region = self.cut(out, scale)
+        region += piece.to(out.device, out.dtype) * weights.to(out.device)
+
+
+def tiles_of(height: int, width: int, stride: int, tiling: Tiling | None) -> list[list[Tile]]:
+    """The tiles of a picture of so many latent pixels, in batches of tiles that pass through the VAE together."""
+    if tiling is None:
+        return [[Tile(Span(0, height, None, None), Span(0, width, None, None))]]
+    tiling.check(stride)
+    overlap = tiling.overlap // stride
+    tiles = [Tile(row, column) for row in spans(height, tiling.height // stride, overlap)
+             for column in spans(width, tiling.width // stride, overlap)]
+    return [tiles[start:start + tiling.together] for start in range(0, len(tiles), tiling.together)]
 
 
 def _ramp(positions: Tensor, low: int, high: int) -> Tensor:

@@ -14,6 +14,7 @@ from .layers import (
     Upsample,
     channels_last,
     head,
+    last_in_time,
     middle,
     run_head,
     through,
@@ -37,9 +38,18 @@ class Encoder(nn.Module):
         self.downsamples = nn.Sequential(*layers)
         self.middle = middle(dims[-1])
         self.head = head(dims[-1], spec.z_dim * 2)
+        self._gathered = last_in_time(self.downsamples)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x = through([self.conv1, *self.downsamples, *self.middle], channels_last(x), stream)
+        return self.condense(self.gather(x, stream), stream)
+
+    def gather(self, x: Tensor, stream: Stream) -> Tensor:
+        """Pixels to features with one frame for each latent frame: nearly all of the work."""
+        return through([self.conv1, *self.downsamples[:self._gathered]], channels_last(x), stream)
+
+    def condense(self, features: Tensor, stream: Stream) -> Tensor:
+        """The rest: wide layers on small pictures, which cost least when several frames come at once."""
+        x = through([*self.downsamples[self._gathered:], *self.middle], features, stream)
         return run_head(self.head, x, stream)
 
 
@@ -63,6 +73,7 @@ class Decoder(nn.Module):
                 layers.append(Upsample(out_dim, out_dim // 2, temporal=spec.temporal_downsample[::-1][i]))
         self.upsamples = nn.Sequential(*layers)
         self.head = head(dims[-1], 3)
+        self._grown = last_in_time(self.upsamples)
 
     def forward(self, z: Tensor, stream: Stream) -> Tensor:
         return self.paint(self.compose(z, stream), stream)
@@ -74,3 +85,11 @@ class Decoder(nn.Module):
     def paint(self, features: Tensor, stream: Stream) -> Tensor:
         """Features to pixels, by convolutions only: a pixel depends on its neighbourhood alone."""
         return run_head(self.head, through(self.upsamples, features, stream), stream)
+
+    def grow(self, features: Tensor, stream: Stream) -> Tensor:
+        """As far as the last doubling of frames: wide layers on small pictures, cheaper for several frames at once."""
+        return through(self.upsamples[:self._grown], features, stream)
+
+    def draw(self, features: Tensor, stream: Stream) -> Tensor:
+        """The rest of `paint`: narrow layers on large pictures."""
+        return run_head(self.head, through(self.upsamples[self._grown:], features, stream), stream)

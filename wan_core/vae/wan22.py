@@ -11,7 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..presets import VAESpec
-from .layers import CausalConv3d, Downsample, ResidualBlock, Stream, Upsample, head, middle, run_head, through
+from .layers import (
+    CausalConv3d,
+    Downsample,
+    ResidualBlock,
+    Stream,
+    Upsample,
+    head,
+    last_in_time,
+    middle,
+    run_head,
+    through,
+)
 
 PATCH = 2
 
@@ -29,9 +40,19 @@ class Encoder(nn.Module):
             for in_dim, out_dim, flag in zip(dims, dims[1:], flags)))
         self.middle = middle(dims[-1])
         self.head = head(dims[-1], spec.z_dim * 2)
+        self._gathered = last_in_time(self.downsamples)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return run_head(self.head, through([self.conv1, *self.downsamples, *self.middle], patchify(x), stream), stream)
+        return self.condense(self.gather(x, stream), stream)
+
+    def gather(self, x: Tensor, stream: Stream) -> Tensor:
+        """Pixels to features with one frame for each latent frame: nearly all of the work."""
+        return through([self.conv1, *self.downsamples[:self._gathered]], patchify(x), stream)
+
+    def condense(self, features: Tensor, stream: Stream) -> Tensor:
+        """The rest: wide layers on small pictures, which cost least when several frames come at once."""
+        x = through([*self.downsamples[self._gathered:], *self.middle], features, stream)
+        return run_head(self.head, x, stream)
 
 
 class Decoder(nn.Module):
@@ -47,6 +68,7 @@ class Decoder(nn.Module):
             UpLevel(in_dim, out_dim, spec.num_res_blocks + 1, temporal=flag)
             for in_dim, out_dim, flag in zip(dims, dims[1:], flags)))
         self.head = head(dims[-1], 3 * PATCH * PATCH)
+        self._grown = last_in_time(self.upsamples)
 
     def forward(self, z: Tensor, stream: Stream) -> Tensor:
         return self.paint(self.compose(z, stream), stream)
@@ -58,6 +80,14 @@ class Decoder(nn.Module):
     def paint(self, features: Tensor, stream: Stream) -> Tensor:
         """Features to pixels, by convolutions only: a pixel depends on its neighbourhood alone."""
         return unpatchify(run_head(self.head, through(self.upsamples, features, stream), stream))
+
+    def grow(self, features: Tensor, stream: Stream) -> Tensor:
+        """As far as the last doubling of frames: wide layers on small pictures, cheaper for several frames at once."""
+        return through(self.upsamples[:self._grown], features, stream)
+
+    def draw(self, features: Tensor, stream: Stream) -> Tensor:
+        """The rest of `paint`: narrow layers on large pictures."""
+        return unpatchify(run_head(self.head, through(self.upsamples[self._grown:], features, stream), stream))
 
 
 class DownLevel(nn.Module):

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..presets import CLIPVisionSpec, TextEncoderSpec, TransformerSpec, VAESpec
+from ..presets import CLIPVisionSpec, TextEncoderSpec, TinyVAESpec, TransformerSpec, VAESpec
 from .errors import LoadError
 
-Spec = TransformerSpec | VAESpec | TextEncoderSpec | CLIPVisionSpec
+Spec = TransformerSpec | VAESpec | TinyVAESpec | TextEncoderSpec | CLIPVisionSpec
 
 
 def can_run(spec: Spec) -> bool:
@@ -19,7 +19,7 @@ def can_run(spec: Spec) -> bool:
         case VAESpec():
             return spec.kind in ("wan21", "wan22")
         case _:
-            return isinstance(spec, TextEncoderSpec | CLIPVisionSpec)
+            return isinstance(spec, TinyVAESpec | TextEncoderSpec | CLIPVisionSpec)
 
 
 def build_module(spec: Spec) -> nn.Module:
@@ -38,6 +38,8 @@ def build_module(spec: Spec) -> nn.Module:
             from ..dit.model import WanTransformer as module_class
         case VAESpec():
             from ..vae.model import WanVAE as module_class
+        case TinyVAESpec():
+            from ..vae.tiny import TinyVAE as module_class
         case TextEncoderSpec():
             from ..text.umt5 import UMT5Encoder as module_class
         case CLIPVisionSpec():

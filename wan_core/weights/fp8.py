@@ -11,6 +11,7 @@ import logging
 import torch
 from torch import Tensor
 
+from .fused import fused_rounding
 from .quantised import Quantised, Scaled
 
 log = logging.getLogger(__name__)
@@ -53,57 +54,78 @@ def can_multiply(weight: Quantised) -> bool:
     return sides_fit and (scale is None or scale.numel() in (1, weight.shape[0]))
 
 
-def fp8_product(x: Tensor, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x [..., in] times weight [out, in] plus bias, in `dtype`; the weight is one that `can_multiply` takes."""
+def fp8_product(x: Tensor, weight: Quantised, bias: Tensor | None, dtype: torch.dtype,
+                by_row: bool | None = None) -> Tensor:
+    """x [..., in] times weight [out, in] plus bias, in `dtype`; the weight is one that `can_multiply` takes.
+
+    `by_row` is what `scales_by_row` says, for compiled code, which cannot try it.
+    """
     rows = x.reshape(-1, x.shape[-1])
     codes = weight.parts["codes"].view(torch.float8_e4m3fn)
     scale = weight.parts.get("scale")
     scale = torch.ones((), device=x.device) if scale is None else scale.float()
-    if _scales_by_row(x.device, _output(dtype)):
-        peak = rows.abs().amax(1, keepdim=True).float()
+    output = _output(dtype)
+    by_row = scales_by_row(x.device, dtype) if by_row is None else by_row
+    rounded, own = rounded_rows(rows, by_row)
+    after = joined = None
+    if by_row:
         scale = scale.reshape(1, -1).expand(1, codes.shape[0]).contiguous()
-    else:
-        peak = rows.abs().amax().float()
-        if scale.numel() > 1:
-            return _by_output(rows, codes, scale, bias, dtype, peak).view(*x.shape[:-1], -1)
+    elif scale.numel() == 1:
         scale = scale.reshape(())
-    own = (peak / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-    y = torch._scaled_mm(_rounded(rows, own), codes.t(), scale_a=own, scale_b=scale, out_dtype=_output(dtype))
-    y = y.to(dtype).view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias.to(dtype)
+    else:
+        # The card takes one scale only; those of the weight's rows are multiplied onto the output.
+        scale, after = torch.ones((), device=x.device), scale.reshape(1, -1)
+    if bias is not None and after is None and output == dtype:
+        # In this type it costs the product no pass of its own.
+        joined, bias = bias.to(dtype), None
+    y = torch._scaled_mm(rounded, codes.t(), scale_a=own, scale_b=scale, bias=joined, out_dtype=output)
+    return _finished(y.to(dtype), after, bias).view(*x.shape[:-1], -1)
+
+
+def _finished(y: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y * scale + bias in one pass, in the memory of y; either may be None."""
+    if scale is None:
+        return y if bias is None else y.add_(bias)
+    return y.mul_(scale) if bias is None else torch.addcmul(bias.float(), y, scale, out=y)
+
+
+def rounded_rows(rows: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
+    """`rows` [N, K] in e4m3 over their scales, and those: one of each row [N, 1], or one for all."""
+    scale = None
+    if not by_row:
+        # One pass, and no numbers in between.
+        smallest, largest = rows.aminmax()
+        scale = _scale_of(torch.maximum(-smallest, largest))
+    fused = fused_rounding(rows, scale)
+    if fused is not None:
+        return fused
+    if scale is None:
+        scale = _scale_of(rows.abs().amax(1, keepdim=True))
+    return (rows / scale).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), scale
+
+
+def _scale_of(peak: Tensor) -> Tensor:
+    """With which the largest number becomes the largest code; also zero has a scale."""
+    return (peak.float() / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 @functools.cache
-def _scales_by_row(device: torch.device, output: torch.dtype) -> bool:
-    """Whether the device's product takes a scale for each row and column; tried once, since that depends on the card,
-    the system and the library (on Windows there is no such kernel for the newest cards)."""
+def scales_by_row(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device's product in `dtype` takes a scale for each row and column; tried once, since that depends on
+    the card, the system and the library (on Windows there is no such kernel for the newest cards)."""
     if device.type != "cuda":
         return True
     if torch.cuda.get_device_capability(device) < _HOPPER:
         return False
-    side, one = 2 * _GRAIN, torch.ones((), device=device)
+    side, one, output = 2 * _GRAIN, torch.ones((), device=device), _output(dtype)
     codes = one.expand(side, side).contiguous().to(torch.float8_e4m3fn)
     try:
         torch._scaled_mm(codes, codes.t(), scale_a=one.expand(side, 1).contiguous(),
-                         scale_b=one.expand(1, side).contiguous(), out_dtype=output)
+                         scale_b=one.expand(1, side).contiguous(), bias=one.expand(side).to(output), out_dtype=output)
     except (RuntimeError, ValueError) as error:
         log.info("FP8 products on %s take one scale for all activations: %s", device, str(error).partition("\n")[0])
         return False
     return True
-
-
-def _by_output(rows: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
-               peak: Tensor) -> Tensor:
-    """Where the card takes one scale only, those of the weight's rows are multiplied onto the output."""
-    own = (peak / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-    one = torch.ones((), device=rows.device)
-    y = torch._scaled_mm(_rounded(rows, own), codes.t(), scale_a=own, scale_b=one, out_dtype=_output(dtype))
-    y = (y.float() * scale.reshape(1, -1)).to(dtype)
-    return y if bias is None else y + bias.to(dtype)
-
-
-def _rounded(rows: Tensor, scale: Tensor) -> Tensor:
-    return (rows / scale).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
 
 
 def _output(dtype: torch.dtype) -> torch.dtype:

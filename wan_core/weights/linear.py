@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fp8 import can_multiply, fp8_product
+from .fp8 import can_multiply, fp8_product, scales_by_row
 from .quantised import Quantised
 
 
@@ -28,6 +28,8 @@ class QuantisedLinear(nn.Module):
         self.dtype = dtype
         self.fp8_products = False
         self._stored = _Stored(weight)
+        self._made: Tensor | None = None
+        self._by_row: bool | None = None
 
     @property
     def device(self) -> torch.device:
@@ -38,13 +40,33 @@ class QuantisedLinear(nn.Module):
         """The weight as it is kept."""
         return self._stored.weight
 
+    def hold(self) -> None:
+        """Make the numbers of the weight, or find out how it is multiplied, and keep that until `release`.
+
+        For compiled code, which takes it as it is: kernels that make numbers are compiled already, and there are types
+        of codes that PyTorch's compiler cannot read on older cards.
+        """
+        weight = self._stored.weight
+        if self.fp8_products and can_multiply(weight):
+            self._by_row = scales_by_row(self.device, self.dtype)
+        else:
+            self._made = weight.dequantise(self.dtype)
+
+    def release(self) -> None:
+        """Forget the numbers."""
+        self._made = None
+
     def forward(self, x: Tensor, **options: object) -> Tensor:
         """x [..., in] -> [..., out]; `options` are those of the layer that this one stands for."""
+        if self._made is not None:
+            return self.product(x, self._made, self.bias, **options)
         weight = self._stored.weight
         if not self.fp8_products or not can_multiply(weight):
             return self.product(x, weight.dequantise(self.dtype), self.bias, **options)
-        y = fp8_product(x.to(self.dtype), weight, self.bias, self.dtype)
-        return F.gelu(y, approximate="tanh") if options.get("gelu") else y
+        y = fp8_product(x.to(self.dtype), weight, self.bias, self.dtype, self._by_row)
+        if not options.get("gelu"):
+            return y
+        return F.gelu(y, approximate="tanh") if torch.is_grad_enabled() else torch.ops.aten.gelu_(y, approximate="tanh")
 
 
 class QuantisedEmbedding(nn.Module):

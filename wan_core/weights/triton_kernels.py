@@ -70,6 +70,25 @@ def dequantise_scaled(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tenso
     return out
 
 
+def round_rows(rows: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes [N, K] in e4m3 of `rows` [N, K] over their scales, and the scales.
+
+    `scale` is one for all rows, a number; None: one of each row is measured, [N, 1], with which its largest number
+    becomes the largest code. No number may be larger than that. The device of `rows` has to be the current one, and to
+    know e4m3.
+    """
+    rows = rows.contiguous()
+    count, width = rows.shape
+    codes = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=rows.device)
+    scales = torch.empty(count, 1, device=rows.device) if scale is None else scale
+    if rows.numel():
+        tile = triton.next_power_of_2(width)
+        info = torch.finfo(codes.dtype), torch.finfo(torch.float32)
+        _rounded[(count,)](rows, codes, scales, MEASURED=scale is None, LARGEST=info[0].max, SMALLEST=info[1].tiny,
+                           WIDTH=width, TILE=tile, num_warps=min(max(tile // 1024, 1), 16), enable_fp_fusion=True)
+    return codes, scales
+
+
 def _as_bits(out: Tensor) -> Tensor:
     """Kernels write bfloat16 as int16, see `_write`."""
     return out.view(torch.int16) if out.dtype == torch.bfloat16 else out
@@ -250,6 +269,23 @@ def _scaled(codes, scale, out, parts, length, tiles, KIND: tl.constexpr, HEIGHT:
         numbers = bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
     numbers = numbers * tl.load(scale + part, mask=part < parts, other=0)[:, None]
     _write(out, place, numbers, inside)
+
+
+@triton.jit
+def _rounded(rows, codes, scales, MEASURED: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+             WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """A row of numbers, read once."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, TILE)
+    inside = column < WIDTH
+    numbers = tl.load(rows + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    if MEASURED:
+        # A row of zeros has a scale, too.
+        scale = tl.maximum(tl.max(tl.abs(numbers), 0) / LARGEST, SMALLEST)
+        tl.store(scales + row, scale)
+    else:
+        scale = tl.load(scales)
+    tl.store(codes + row * WIDTH + column, (numbers / scale).to(codes.dtype.element_ty), mask=inside)
 
 
 _KINDS = MappingProxyType({torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8"})

@@ -4,7 +4,8 @@ Nothing is merged: a layer's weights stay as they are, so adapters work on every
 gone without a trace when they are taken off. Small tensors that are no linear layer's (norms, biases, modulation,
 patches) are replaced by changed copies for the time being; the originals come back as they were.
 
-Strengths belong to the slot of a file, not to its tensors: a new strength is a number written into a list.
+Strengths belong to the slot of a file, not to its tensors: a new strength is a number written into a list. Compiled code
+is given them as a tensor: numbers would be constants of its, and each new one would have it compiled again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,27 @@ from .keys import Target
 Slots = list[tuple[int, Adapter]]
 
 
+class Strengths:
+    """One number for each slot, all 0 at first: as `numbers`, and as a tensor."""
+
+    def __init__(self, count: int) -> None:
+        self.numbers = [0.0] * count
+        self._tensor: Tensor | None = None
+
+    def set(self, numbers: Sequence[float]) -> None:
+        self.numbers[:] = numbers
+        if self._tensor is not None:
+            # Where it is: what was recorded with it sees the new ones.
+            self._tensor.copy_(torch.tensor(self.numbers))
+
+    def on(self, device: torch.device) -> Tensor:
+        """The numbers as a float32 tensor on `device`, [slots]; the same one until another device is asked for."""
+        if self._tensor is None or self._tensor.device != device:
+            with torch.inference_mode(False):
+                self._tensor = torch.tensor(self.numbers, device=device)
+        return self._tensor
+
+
 class Attachment:
     """Adapters on `module`: one slot for each table of `stack`. All strengths are 0 at first.
 
@@ -27,7 +49,7 @@ class Attachment:
     """
 
     def __init__(self, module: nn.Module, stack: Sequence[Mapping[Target, Adapter]]) -> None:
-        self.strengths = [0.0] * len(stack)
+        self._strengths = Strengths(len(stack))
         self._layers: list[tuple[nn.Module, str, AdaptedLinear]] = []
         self._tensors: list[_ChangedTensor] = []
         targets: dict[Target, Slots] = {}
@@ -50,23 +72,23 @@ class Attachment:
 
         Returns whether there are such tensors: others have taken their place.
         """
-        if list(strengths) == self.strengths:
+        if list(strengths) == self._strengths.numbers:
             return False
-        # The layers hold this list.
-        self.strengths[:] = strengths
+        # The layers hold this object.
+        self._strengths.set(strengths)
         for tensor in self._tensors:
-            tensor.set(self.strengths)
+            tensor.set(strengths)
         return bool(self._tensors)
 
     def detach(self) -> None:
         """Leave the module as it was."""
         for parent, name, layer in self._layers:
             setattr(parent, name, layer.layer)
-        self.set([0.0] * len(self.strengths))
+        self.set([0.0] * len(self._strengths.numbers))
 
     def _wrap(self, module: nn.Module, path: str, layer: nn.Module, slots: Slots) -> None:
         parent, _, name = path.rpartition(".")
-        adapted = AdaptedLinear(layer, slots, self.strengths)
+        adapted = AdaptedLinear(layer, slots, self._strengths)
         setattr(module.get_submodule(parent), name, adapted)
         self._layers.append((module.get_submodule(parent), name, adapted))
 
@@ -74,11 +96,12 @@ class Attachment:
 class AdaptedLinear(nn.Module):
     """Stands for `layer`, a linear layer, and adds what the adapters of the slots add at their `strengths`."""
 
-    def __init__(self, layer: nn.Module, slots: Slots, strengths: list[float]) -> None:
+    def __init__(self, layer: nn.Module, slots: Slots, strengths: Strengths) -> None:
         super().__init__()
         self.layer = layer
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._strengths = strengths
+        self._held: Tensor | None = None
         device = layer.bias.device
         self._slots = [slot for slot, _ in slots]
         self._adapters = nn.ModuleList(_Tensors(adapter.to(device)) for _, adapter in slots)
@@ -99,10 +122,20 @@ class AdaptedLinear(nn.Module):
     def device(self) -> torch.device:
         return self.layer.device
 
+    def hold(self) -> None:
+        """Compute with strengths from a tensor until `release`; then those of 0 cost as much as others."""
+        self._held = self._strengths.on(self.device)
+
+    def release(self) -> None:
+        """Compute with numbers again."""
+        self._held = None
+
     def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         """x [..., in] -> [..., out]; with `gelu` the layer's own activation comes after the adapters."""
-        active = [(self._strengths[slot], tensors) for slot, tensors in zip(self._slots, self._adapters)
-                  if self._strengths[slot]]
+        if self._held is not None:
+            return self._with_tensor(x, self._held, gelu)
+        strengths = self._strengths.numbers
+        active = [(strengths[slot], tensors) for slot, tensors in zip(self._slots, self._adapters) if strengths[slot]]
         if not active:
             return self.layer(x, gelu=True) if gelu else self.layer(x)
         y = self.layer(x)
@@ -110,6 +143,15 @@ class AdaptedLinear(nn.Module):
         total = y
         for strength, tensors in active:
             total = total + strength * self._change(tensors, x, y)
+        return F.gelu(total, approximate="tanh") if gelu else total
+
+    def _with_tensor(self, x: Tensor, strengths: Tensor, gelu: bool) -> Tensor:
+        """`forward` with `strengths` [slots]. In float32, as a number would not be rounded to the type of y either."""
+        y = self.layer(x)
+        x = x.to(y.dtype)
+        total = y
+        for slot, tensors in zip(self._slots, self._adapters):
+            total = (total.float() + strengths[slot] * self._change(tensors, x, y).float()).to(y.dtype)
         return F.gelu(total, approximate="tanh") if gelu else total
 
     def _change(self, tensors: "_Tensors", x: Tensor, y: Tensor) -> Tensor:

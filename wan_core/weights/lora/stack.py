@@ -63,6 +63,8 @@ def adapt(module: nn.Module, loras: tuple[Lora, ...], expert: str, sigma: float)
 
     Where they are on it already only strengths change. Returns whether tensors were added, taken away or replaced.
     """
+    # One that is off for the whole run is left away: it costs nothing, in compiled code neither.
+    loras = tuple(lora for lora in loras if lora.strengths[expert])
     keys = tuple(lora.key for lora in loras)
     held, attachment = module.__dict__.get(_ATTACHED, ((), None))
     changed = held != keys
