@@ -5,10 +5,13 @@ model code where it is found (COMFYUI_PATH, else ~/comfy/ComfyUI). Each is calle
 left out, with a reason, where it cannot be. Nothing is downloaded.
 """
 
+import contextlib
 import copy
 import functools
+import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -34,9 +37,21 @@ def available() -> dict[str, str]:
     return {**packages, "comfyui": "" if comfy_folder() else "not found; set COMFYUI_PATH"}
 
 
+def versions() -> dict[str, str]:
+    """The versions of what is installed of others' packages, fast attention among them."""
+    found = {}
+    for name in ("diffusers", "transformers", "triton", "sageattention", "flash_attn", "flash_attn_3"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    if folder := comfy_folder():
+        stated = re.search(r'__version__ = "(.+?)"', (folder / "comfyui_version.py").read_text(encoding="utf-8"))
+        found["comfyui"] = stated[1] if stated else "unknown"
+    return found
+
+
 def comfy_folder() -> Path | None:
     folder = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
-    return folder if (folder / "comfy" / "ldm" / "wan").is_dir() else None
+    return folder if (folder / "comfy" / "ldm" / "wan").is_dir() and (folder / "comfyui_version.py").is_file() else None
 
 
 @functools.cache

@@ -31,9 +31,10 @@ FP8 = Scaled(torch.float8_e4m3fn)
 class Report:
     """Prints each result as a line of a table and writes all of them to a file at once."""
 
-    def __init__(self, path: Path | None, device: torch.device, scale: str) -> None:
+    def __init__(self, path: Path | None, device: torch.device, scale: str,
+                 versions: Mapping[str, str] | None = None) -> None:
         self._path = path
-        self._content = {"scale": scale, "machine": machine(device), "results": []}
+        self._content = {"scale": scale, "machine": {**machine(device), **(versions or {})}, "results": []}
         print(json.dumps(self._content["machine"]))
         print("\n| case | measured | ours | goal | |\n|---|---|---|---|---|", flush=True)
 
@@ -131,6 +132,11 @@ def synchronise(device: torch.device) -> None:
 
 def median_time(work: Callable[[], object], rounds: int, device: torch.device) -> float:
     """Seconds of one run; the first round, which compiles and warms up, does not count where there are several."""
+    return statistics.median(round_times(work, rounds, device))
+
+
+def round_times(work: Callable[[], object], rounds: int, device: torch.device) -> list[float]:
+    """Seconds of one run in each of the rounds that count; see `median_time`."""
     times = []
     # On a GPU a round is several runs, so that waiting for them weighs little.
     runs = 1 if device.type == "cpu" else 10
@@ -141,7 +147,7 @@ def median_time(work: Callable[[], object], rounds: int, device: torch.device) -
             work()
         synchronise(device)
         times.append((time.perf_counter() - started) / runs)
-    return statistics.median(times[rounds > 1:])
+    return times[rounds > 1:]
 
 
 def interleave(work: dict[str, Callable[[], object]], rounds: int, device: torch.device, deadline: float,

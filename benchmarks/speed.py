@@ -9,9 +9,9 @@ Ours and others do the same work in one process, in turn, with random weights: d
 whatever the numbers, if they are not zeros. Medians count, after one round to warm up. "Limit" is what the work takes
 at the rates that this machine reaches in large matrix products, convolutions or copies, measured in the same run;
 benchmarks/limits.py has the formulas. On a CPU "small" has the released widths with fewer layers and smaller videos; on
-a CUDA GPU "full" has the released models (45 GB of its memory for ours, 75 with diffusers beside it). Goals are those
-for one H200, and ratios to diffusers for a CPU. Beside diffusers, transformers and ComfyUI where they are found. Every
-line is in the file --out as soon as it is measured; nothing is downloaded.
+a CUDA GPU "full" has the released models (about 40 GB of its memory for ours, 75 with diffusers beside it, 105 with
+ComfyUI too: see --peers). Goals are those for one H200, and ratios to diffusers for a CPU. Every line is in the file
+--out as soon as it is measured; nothing is downloaded.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import logging
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     began, failed = time.perf_counter(), []
     scale = sized(SCALES[options.scale or ("full" if device.type == "cuda" else "small")], options)
-    report = Report(options.out, device, scale.name)
+    report = Report(options.out, device, scale.name, peers.versions())
     here = peers.available()
     for name in (name for name in here if name in options.peers and here[name]):
         report.note(name, here[name])
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # A case that fails is no reason to lose those behind it.
             except Exception as error:
                 failed.append(name)
+                traceback.print_exc()
                 report.note(name, f"failed: {explained(error)}")
             free(device)
     print(f"\n{time.perf_counter() - began:.0f} s\n\n{results.table(report.content)}")

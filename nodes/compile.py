@@ -10,9 +10,9 @@ class WanCoreCompile:
     """torch.compile for the blocks of a model."""
 
     DESCRIPTION = ("Compiles the blocks of a Wan model with torch.compile. The first step takes longer, the others are "
-                   "faster. Nothing is compiled again for another seed, prompt, size, number of frames, LoRA strength or "
-                   "for the other expert. Where it cannot be done, the model runs as without this node and the log says "
-                   "why.")
+                   "faster. Nothing is compiled again for another seed, prompt, size, number of frames or LoRA "
+                   "strength, nor for the other expert. Where it cannot be done, the model runs as without this node "
+                   "and the log says why.")
     CATEGORY = "Wan/sampling"
     SEARCH_ALIASES = ["wan", "torch compile", "compile model", "inductor", "triton", "cuda graphs", "faster", "speed"]
     RETURN_TYPES = ("WAN_MODEL",)

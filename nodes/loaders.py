@@ -214,7 +214,7 @@ class WanCoreVAELoader:
                    "with the clip's length; tiles bound it for large pictures. The result works in Wan Decode and in "
                    "ComfyUI's own VAE nodes.")
     CATEGORY = "Wan/loaders"
-    SEARCH_ALIASES = ["wan", "load vae", "wan vae", "tiled vae"]
+    SEARCH_ALIASES = ["wan", "load vae", "wan vae", "tiled vae", "taehv", "taew2_1", "tiny vae"]
     RETURN_TYPES = ("VAE",)
     RETURN_NAMES = ("vae",)
     OUTPUT_TOOLTIPS = ("The VAE, for Wan Decode, VAE Decode, VAE Encode and their tiled kinds.",)
@@ -225,7 +225,8 @@ class WanCoreVAELoader:
         return {"required": {
             "vae": (HOST.model_names("vae"), {
                 "tooltip": "A file in models/vae: wan_2.1_vae for the released 2.1 and 2.2 14B models, wan2.2_vae for "
-                           "TI2V 5B, a nano VAE for the nano models."}),
+                           "TI2V 5B, a nano VAE for the nano models; or, for a quick look, a tiny one (taew2_1, "
+                           "taew2_2) in models/vae_approx."}),
             "precision": PRECISION,
             "tile_size": ("INT", {
                 "default": 0, "min": 0, "max": 4096, "step": 32,

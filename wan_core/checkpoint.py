@@ -64,8 +64,8 @@ class Checkpoints:
 
 
 class SavedRun:
-    """The checkpoint of one run, told from others by its `settings` (see `settings_of`). `seed` is the solver's, `cache`
-    a state that no step has been taken with.
+    """The checkpoint of one run, told from others by its `settings` (see `settings_of`). `seed` is the solver's, and
+    `cache` a state that no step has been taken with.
 
     Makes the folder and takes away what killed processes left in it. Raises OSError where there can be no folder.
     """

@@ -12,6 +12,7 @@ from benchmarks.shared import FP8, Report, interleave, random_part
 from wan_core.memory import OneAtATime
 from wan_core.models import Model
 from wan_core.presets import PRESETS, TEXT_ENCODERS, TRANSFORMERS, VAES, TextEncoderSpec, TransformerSpec, VAESpec
+from wan_core.weights.fp8 import has_fp8_products
 
 PROMPT_TOKENS = 60
 
@@ -77,7 +78,7 @@ SCALES = {
          Clip("81 frames 720p", (1, 16, 21, 90, 160), 1, {"bfloat16": {"ours": 18.5}, "fp8 sage": {"ours": 16.0}})), 2,
         {name: VAES[name] for name in ("wan21_vae", "wan22_vae")}, torch.bfloat16, (81, 720, 1280),
         {"wan21_vae decode": {"ours": 8.0}}, TEXT_ENCODERS["umt5_xxl"],
-        replace(TRANSFORMERS["wan21_t2v_14b"], num_layers=6), TRANSFORMERS["wan21_t2v_1_3b"], (1, 16, 21, 60, 104), 30,
+        replace(TRANSFORMERS["wan21_t2v_14b"], num_layers=3), TRANSFORMERS["wan21_t2v_1_3b"], (1, 16, 21, 60, 104), 30,
         1 << 28, (8192, 360, 1 << 32)),
 }
 
@@ -137,9 +138,12 @@ class Bench:
     def limit(self, work: Work, form: str) -> float:
         """Seconds of a transformer's work at the rates of this machine; attention is in bfloat16 where weights are in
         FP8."""
-        dtype = computed_in(form)
-        products = self.machine.matmul(FP8.dtype if form == "fp8" else dtype)
-        return work.products / products + work.attention / self.machine.matmul(dtype)
+        return (work.products / self.machine.matmul(self.multiplied_in(form))
+                + work.attention / self.machine.matmul(computed_in(form)))
+
+    def multiplied_in(self, form: str) -> torch.dtype:
+        """The type in which weights of a form are multiplied on this device."""
+        return FP8.dtype if form == "fp8" and has_fp8_products(self.device) else computed_in(form)
 
     def model(self, spec: TransformerSpec, form: str, **options: object) -> Model:
         """A transformer of random weights, of the form "float32", "bfloat16" or "fp8"."""

@@ -1,12 +1,11 @@
 """What the machine itself does: the rates that limits are reckoned with."""
 
-from benchmarks.cases.bench import Bench, computed_in, name_of
-from benchmarks.shared import FP8
+from benchmarks.cases.bench import Bench, name_of
 
 
 def rates(bench: Bench) -> None:
     """Matrix products, convolutions, and copies."""
-    for dtype in dict.fromkeys(FP8.dtype if form == "fp8" else computed_in(form) for form in bench.scale.forms):
+    for dtype in dict.fromkeys(map(bench.multiplied_in, bench.scale.forms)):
         bench.report.add("machine", f"matmul {name_of(dtype)}, TFLOP/s", bench.machine.matmul(dtype) / 1e12)
     dtype = bench.scale.vae_dtype
     bench.report.add("machine", f"conv3d {name_of(dtype)}, channels last, TFLOP/s",

@@ -173,9 +173,9 @@ def latent_facts() -> dict[str, bool]:
 
 
 def preview_facts() -> dict[str, bool]:
+    import folder_paths
     import torch
     from comfy.cli_args import LatentPreviewMethod, args
-    import folder_paths
     from the_pack.nodes.host import HOST
     from the_pack.nodes.previews import NANO_PREVIEWS
     from the_pack.wan_core.presets import TINY_VAES, VAES
@@ -200,7 +200,8 @@ def preview_facts() -> dict[str, bool]:
         rough = [size(spec) for spec in released]
         args.preview_method = LatentPreviewMethod.Auto
         tiny = [size(spec) for spec in released]
-    return {"previews_can_be_off": none == [None] * 4, "previews_are_pictures": shown == rough == [("JPEG", (6, 4))] * 2,
+    return {"previews_can_be_off": none == [None] * 4,
+            "previews_are_pictures": shown == rough == [("JPEG", (6, 4))] * 2,
             "nano_previews_are_decoded": all(decoded) and len(decoded) == 2,
             "tiny_vaes_decode_previews": tiny == [("JPEG", (48, 32)), ("JPEG", (96, 64))]}
 

@@ -1,6 +1,7 @@
 """Graphs over HTTP: the shipped nano workflow, mixtures with the core's nodes, errors, cancelling, and memory."""
 
 import json
+import math
 import re
 import time
 
@@ -65,6 +66,28 @@ def test_a_named_schedule_joins_the_sampler(comfy_server, client, pack_folder):
     file, = (file for file in run.saved_files() if file["type"] == "output")
     video = read_video(comfy_server.saved_path(file))
     assert (video.int() - frames_of(comfy_server, client.run(by_hand)).int()).abs().max() <= 1
+
+
+def test_options_of_speed_are_chained(comfy_server, client, pack_folder, nano_frames):
+    """Promise: a step cache, an attention backend and guidance options on one model make a video that is near the one
+    without them, and the sampler's node says which steps were reused."""
+    chained = with_nodes(
+        nano_prompt(pack_folder),
+        n20=("WanCoreStepCache", {"model": [MODEL, 0], "cache": "auto", "quality": "balanced"}),
+        n21=("WanCoreAttention", _defaults(client, "WanCoreAttention") | {"model": ["20", 0], "backend": "sdpa-math"}),
+        n22=("WanCoreGuidance", _defaults(client, "WanCoreGuidance") | {"model": ["21", 0]}))
+    chained[SAMPLER]["inputs"] |= {"model": ["22", 0], "steps": 20}
+    frames = frames_of(comfy_server, client.run(chained))
+    assert "steps reused: " in comfy_server.log()
+    error = (frames.float() - nano_frames.float()).square().mean().item()
+    assert 10 * math.log10(255 ** 2 / error) >= 25
+
+
+def _defaults(client, node):
+    """The widgets of a node as a new one has them."""
+    info = client.object_info(node)[node]["input"]
+    widgets = {name: spec for kind in ("required", "optional") for name, spec in info.get(kind, {}).items()}
+    return {name: spec[1]["default"] for name, spec in widgets.items() if len(spec) > 1 and "default" in spec[1]}
 
 
 def test_a_lora_stays_on_its_own_branch(comfy_server, client, pack_folder):

@@ -1,4 +1,4 @@
-"""Compiled blocks: the numbers of plain ones, from graphs that serve all blocks, sizes, prompts, steps and strengths."""
+"""Compiled blocks: the numbers of plain ones, of graphs that serve all blocks, sizes, prompts, steps and strengths."""
 
 import os
 import subprocess
@@ -36,6 +36,12 @@ def graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+def told(caplog):
+    """Warnings of ours; the compiler has a log of its own."""
+    return [record.message for record in caplog.records
+            if record.name.startswith("wan_core") and record.levelname == "WARNING"]
+
+
 def small(kind):
     torch.manual_seed(2)
     spec = SMALL[kind]
@@ -60,16 +66,17 @@ def close(a, b, tolerance=1e-4):
 CALLS = ({}, {"timestep": 20.0}, {"words": 11}, {"frames": 5, "height": 10}, {"frames": 1, "width": 8}, {"chunk": 30})
 
 
-@pytest.mark.parametrize("kind", ["t2v", "ti2v", "vace"])
+@pytest.mark.parametrize("kind", ["t2v", "ti2v", pytest.param("vace", marks=pytest.mark.slow)])
 def test_three_graphs_serve_all(kind):
     """Promise: all blocks, steps, prompts, sizes, chunks and frames with a time of their own are served by the three
-    graphs of the first call, and the result is that of plain blocks."""
+    graphs of the first call, and the result is that of plain blocks. VACE blocks are a kind of their own."""
     model = small(kind)
+    number = 6 if kind == "vace" else 3
     for call in CALLS:
         use_compiled(model, None)
         expected = answer(model, **call)
         use_compiled(model, TRACED)
-        assert close(answer(model, **call), expected, 1e-5) and graphs() == 3, call
+        assert close(answer(model, **call), expected, 1e-5) and graphs() == number, call
 
 
 def test_experts_and_a_copy_without():
@@ -111,7 +118,7 @@ def test_strengths_are_data(lora):
     assert torch.equal(answer(model.with_lora(lora, 0.0).get("low")), before) and graphs() == number
 
 
-@pytest.mark.parametrize("weights", ["bf16", "q8_0", "fp8_scaled"])
+@pytest.mark.parametrize("weights", ["bf16", pytest.param("q8_0", marks=pytest.mark.slow), "fp8_scaled"])
 def test_swapped_is_resident(weights, lora):
     """Promise: with compiled blocks, block swap changes no bit and needs no graph, whatever the weights are."""
     model = load_model(placement=OneAtATime("cpu"))
@@ -134,6 +141,7 @@ def test_fp8_products():
     assert close(answer(replace(model, compile=TRACED).get("low")), expected, 2e-2) and graphs() == 3
 
 
+@pytest.mark.slow
 def test_many_graphs():
     """Promise: more kinds of calls than PyTorch's own limit of graphs are compiled, too, and its settings stay."""
     model = small("t2v")
@@ -163,7 +171,7 @@ def test_what_cannot_be_compiled_runs_all_the_same(caplog):
     use_compiled(model, TRACED)
     for _ in range(2):
         assert close(answer(model), expected, 1e-5)
-    assert len(caplog.records) == 1 and "runs without torch.compile" in caplog.text
+    assert len(told(caplog)) == 1 and "runs without torch.compile" in told(caplog)[0]
 
 
 def test_no_compiler(caplog):
@@ -174,7 +182,7 @@ def test_no_compiler(caplog):
     use_compiled(model, Compile())
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
         assert torch.equal(answer(model), expected)
-    assert "no-such-compiler" in caplog.text or "C++ compiler" in caplog.text
+    assert "C++ compiler" in told(caplog)[0]
 
 
 class TooLarge(Linear):
@@ -197,7 +205,8 @@ def test_memory_that_runs_out_is_no_failure_of_the_compiler(caplog):
     with pytest.raises(torch.OutOfMemoryError, match="injected"):
         answer(model)
     model.blocks[1].ffn[0].__class__ = Linear
-    assert torch.equal(answer(model), expected) and graphs() == 3 and not caplog.records
+    # In that block the pieces that came before were compiled for it.
+    assert torch.equal(answer(model), expected) and graphs() == 5 and not told(caplog)
 
 
 def test_gradients():
@@ -214,7 +223,7 @@ def test_cuda_graphs_only_where_weights_stay(caplog):
     model = replace(load_model(placement=OneAtATime("cpu")), compile=Compile("reduce-overhead"))
     for _ in range(2):
         assert not model.get("low").compiled.records
-    assert [record.levelname for record in caplog.records] == ["WARNING"] and "the device cpu has none" in caplog.text
+    assert len(told(caplog)) == 1 and "the device cpu has none" in told(caplog)[0]
 
 
 def test_what_cuda_graphs_are_made_of():
@@ -224,12 +233,11 @@ def test_what_cuda_graphs_are_made_of():
     seen = []
 
     def note(graph, inputs):
-        before = [value.clone() if isinstance(value, torch.Tensor) else value for value in inputs]
-
         def run(*values):
+            tensors = [value for value in values if isinstance(value, torch.Tensor)]
+            before = [tensor.clone() for tensor in tensors]
             result = graph(*values)
-            seen.append(all(torch.equal(a, b) for a, b in zip(before, values) if isinstance(a, torch.Tensor)))
-            before[:] = values
+            seen.append(all(map(torch.equal, before, tensors)))
             return result
 
         return run

@@ -69,8 +69,9 @@ def test_it_is_dense_attention_of_what_is_kept(grid):
     pattern = BlockPattern.radial(grid, 0.2, CPU)
     q, k, v = tensors(math.prod(grid))
     bias = torch.where(pattern.kept, 0.0, -torch.inf).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-    logits = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / 4 + bias[:q.shape[1], :q.shape[1]]
-    expected = torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v.double()).flatten(2)
+    by_head = [tensor.double().transpose(1, 2) for tensor in (q, k, v)]
+    logits = by_head[0] @ by_head[1].mT / 4 + bias[:q.shape[1], :q.shape[1]]
+    expected = (logits.softmax(-1) @ by_head[2]).transpose(1, 2).flatten(2)
     out = sparse_attention(q, k, v, pattern, "sdpa")
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
     assert pattern.density < 0.9 and (out - attention(q, k, v)).norm() > 0.1 * out.norm()

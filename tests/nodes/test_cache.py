@@ -22,7 +22,8 @@ def calibration(module, tmp_path, monkeypatch):
     folder = tmp_path / "output" / "wan-calibrations"
     folder.mkdir(parents=True)
     cache = module("wan_core.cache")
-    measured = cache.Calibration("nano_t2v", (1.0, 0.99, 0.98), (), (cache.Polynomial("low", "e0", (1.0, 0.0), (0.1, 1.0)),))
+    polynomial = cache.Polynomial("low", "e0", (1.0, 0.0), (0.1, 1.0))
+    measured = cache.Calibration("nano_t2v", (1.0, 0.99, 0.98), (), (polynomial,))
     cache.write_calibration(measured, folder / "a.json")
     return "a.json"
 

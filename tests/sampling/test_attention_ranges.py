@@ -53,7 +53,7 @@ class Recorded:
 
 
 def test_a_step_uses_the_backend_of_its_noise_level(folder, monkeypatch):
-    """Of three steps, at 1, 0.86 and 0.6, the second alone calls the range's backend: twice for each block and branch."""
+    """Of three steps, at 1, 0.86 and 0.6, one calls the range's backend: twice for each block and branch."""
     recorded = Recorded()
     monkeypatch.setitem(BACKENDS, "sdpa-math", Backend(recorded))
     model = tiny_model(folder, "single")

@@ -1,11 +1,11 @@
 """torch.compile for what there is between the attentions of a block.
 
-A block is three pieces with an attention between each two. Each piece is compiled once, for all blocks and both experts:
-weights are inputs of its graph, numbers of tokens are symbols in it. What differs from call to call stays outside, so
-that nothing is compiled again for it: attention and its packages, the text, hooks that bring swapped blocks, loops over
-chunks and over runs of tokens, the numbers of quantised weights. Graphs are whole or not at all, so a piece that cannot
-be compiled has not begun to run, and is run as it is written. References: PyTorch's documentation of torch.compiler,
-"Dynamic Shapes" and "CUDAGraph Trees".
+A block is three pieces with an attention between each two. Each piece is compiled once, for all blocks and both
+experts: weights are inputs of its graph, numbers of tokens are symbols in it. What differs from call to call stays
+outside, so that nothing is compiled again for it: attention and its packages, the text, hooks that bring swapped
+blocks, loops over chunks and over runs of tokens, the numbers of quantised weights. Graphs are whole or not at all, so
+a piece that cannot be compiled has not begun to run, and is run as it is written. References: PyTorch's documentation
+of torch.compiler, "Dynamic Shapes" and "CUDAGraph Trees".
 """
 
 import functools
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 MODES = ("default", "max-autotune-no-cudagraphs", "reduce-overhead")
 
-# Graphs of a piece that a process keeps, where PyTorch's own limit is 8: each kind of model, of weights, of batch and of
-# stack of LoRAs is one.
+# Graphs of a piece that a process keeps, where PyTorch's own limit is 8: each kind of model, of weights, of batch and
+# of stack of LoRAs is one.
 MOST_GRAPHS = 64
 
 
@@ -32,10 +32,10 @@ MOST_GRAPHS = 64
 class Compile:
     """How blocks are compiled.
 
-    `mode` is one of PyTorch's: "default"; "max-autotune-no-cudagraphs", which also tries several kernels for each matrix
-    product; "reduce-overhead", which records CUDA graphs. Without `dynamic` each number of tokens has a graph of its own,
-    which may be a little faster and has to be compiled. `backend` is the compiler, by its name in PyTorch. Raises
-    ValueError for an unknown mode or backend.
+    `mode` is one of PyTorch's: "default"; "max-autotune-no-cudagraphs", which also tries several kernels for each
+    matrix product; "reduce-overhead", which records CUDA graphs. Without `dynamic` each number of tokens has a graph of
+    its own, which may be a little faster and has to be compiled. `backend` is the compiler, by its name in PyTorch.
+    Raises ValueError for an unknown mode or backend.
     """
 
     mode: str = "default"
@@ -64,9 +64,9 @@ class Compile:
 class Piece:
     """What a block does between two attentions.
 
-    `method` is called as method(block, x [B, L, D], its runs, what else there is), the latter being a tensor for the same
-    tokens, or a list that holds nothing but one and out of which it is taken. Where it `changes` x, in place, x comes
-    first in its result. `layers` are the names of the layers whose weights it needs.
+    `method` is called as method(block, x [B, L, D], its runs, what else there is), the latter being a tensor for the
+    same tokens, or a list that holds nothing but one and out of which it is taken. Where it `changes` x, in place, x
+    comes first in its result. `layers` are the names of the layers whose weights it needs.
     """
 
     method: Callable
@@ -85,8 +85,8 @@ def at_once(piece: Piece, block: nn.Module, x: Tensor, time: TimeRows, given: Te
 class Compiled:
     """Runs pieces compiled, for tokens of one run each.
 
-    With `records` CUDA graphs are recorded. If something cannot be compiled, all of the model runs as it is written from
-    then on, and the log says why.
+    With `records` CUDA graphs are recorded. If something cannot be compiled, all of the model runs as it is written
+    from then on, and the log says why.
     """
 
     def __init__(self, how: Compile, records: bool) -> None:
@@ -103,8 +103,8 @@ class Compiled:
         if self._failed or torch.is_grad_enabled() or len(time.rows) > 1:
             return piece.method(block, x, time, given)
         if not self._has_run:
-            log.info("The transformer's blocks are compiled, so the first step takes longer. What is compiled is kept on "
-                     "disk for other runs.")
+            log.info("The transformer's blocks are compiled, so the first step takes longer. What is compiled is kept "
+                     "on disk for other runs.")
             self._has_run = True
         is_boxed = isinstance(given, list)
         other = given.pop() if is_boxed else given
@@ -116,8 +116,8 @@ class Compiled:
             if reason is None:
                 raise
             self._failed = True
-            log.warning("The model runs without torch.compile, which fails here: %s. It needs a C++ compiler for a CPU, "
-                        "and Triton for a GPU (on Windows the package triton-windows).", reason)
+            log.warning("The model runs without torch.compile, which fails here: %s. It needs a C++ compiler for a "
+                        "CPU, and Triton for a GPU (on Windows the package triton-windows).", reason)
         return piece.method(block, x, time, [other] if is_boxed else other)
 
     def _run(self, piece: Piece, block: nn.Module, x: Tensor, row: Tensor, other: Tensor, is_boxed: bool) -> object:
@@ -194,7 +194,8 @@ def _holding(block: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
 
 
 def _with_plain_strides(x: Tensor) -> Tensor:
-    """x [B, ...] with the strides of a tensor of its own, where it is a part of a batch of one: graphs depend on them."""
+    """x [B, ...] with the strides of a tensor of its own where it is a part of a batch of one: graphs depend on them.
+    """
     return x[0].unsqueeze(0) if x.shape[0] == 1 else x
 
 

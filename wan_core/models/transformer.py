@@ -33,10 +33,9 @@ class Model:
     faster at it. `folded` are LoRAs that are in the weights already. `plan` says where the weights live and how much is
     worked on at a time; without one, a run makes one that keeps within `memory`. `guidance` says all about guidance but
     the sampler's scales, `cache` which steps may reuse what others have computed. `attention` is a backend, which
-    `attention_ranges` replace at some noise levels and `radial` makes sparse at some; with `compile` blocks are compiled.
-    Raises ValueError for an unknown
-    precision or attention backend, for FP8 products on a device that has none, and for blocks to skip that the model
-    does not have.
+    `attention_ranges` replace at some noise levels and `radial` makes sparse at some; with `compile` blocks are
+    compiled. Raises ValueError for an unknown precision or attention backend, for FP8 products on a device that has
+    none, and for blocks to skip that the model does not have.
     """
 
     high: Part

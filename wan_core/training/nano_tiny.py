@@ -30,8 +30,8 @@ _GROUP = 8
 class TinyTraining:
     """Everything that decides the result of a training run."""
 
-    steps: int = 2500
-    clips: int = 256
+    steps: int = 1200
+    clips: int = 192
     batch: int = 2
     seed: int = 0
     muon_lr: float = 2e-3
@@ -54,7 +54,7 @@ def train_tiny(vae: WanVAE, options: TinyTraining, run: Path) -> TinyVAE:
             loss = _loss(tiny, latents[drawn], pixels[drawn].float(), generator)
             loss.backward()
             optimizers.step(learning_rate_factor(step / options.steps))
-            if (step + 1) % 250 == 0 or step + 1 == options.steps:
+            if (step + 1) % 200 == 0 or step + 1 == options.steps:
                 record.add(step + 1, loss.item(), agreement_psnr(tiny, vae, 8), (time.perf_counter() - began) / 60)
                 save_state(run / "preview_state.pt", tiny, optimizers, generator, step + 1)
     return tiny

@@ -4,8 +4,8 @@ Nothing is merged: a layer's weights stay as they are, so adapters work on every
 gone without a trace when they are taken off. Small tensors that are no linear layer's (norms, biases, modulation,
 patches) are replaced by changed copies for the time being; the originals come back as they were.
 
-Strengths belong to the slot of a file, not to its tensors: a new strength is a number written into a list. Compiled code
-is given them as a tensor: numbers would be constants of its, and each new one would have it compiled again.
+Strengths belong to the slot of a file, not to its tensors: a new strength is a number written into a list. Compiled
+code is given them as a tensor: numbers would be constants in it, and each new one would have it compiled again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -179,7 +179,8 @@ class _Tensors(nn.Module):
 
     def __init__(self, adapter: Adapter) -> None:
         super().__init__()
-        self._adapter = adapter
+        # Without numbers: those are in the buffers alone.
+        self._adapter = adapter.to("meta")
         for index, tensor in enumerate(adapter.tensors):
             self.register_buffer(f"tensor{index}", tensor)
 
