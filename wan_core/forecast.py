@@ -145,9 +145,18 @@ def needs(model: Model, shape: tuple[int, ...], prompts: Sequence[TextCondition]
 
     @cache
     def working(chunk: int | None) -> int:
-        return held + max(_working(module(name), shape, prompts, guidance, chunk) for name in model.parts)
+        compiled = _compiled(model, shape[0] * min(tokens, chunk or tokens)) if model.compile else 0
+        return held + compiled + max(_working(module(name), shape, prompts, guidance, chunk) for name in model.parts)
 
     return Need(tuple(map(max, zip(*blocks))), max(others), tokens, working)
+
+
+def _compiled(model: Model, tokens: int) -> int:
+    """Bytes that compiled blocks need more than blocks as they are written: one tensor of the tokens and, of quantised
+    weights, all matrices of a piece at once instead of one after the other."""
+    spec, itemsize = model.spec, max(model.computes_in(part).itemsize for part in model.parts.values())
+    quantised = any(part.file.quantised for part in model.parts.values())
+    return itemsize * (tokens * spec.dim + quantised * (spec.dim ** 2 + spec.dim * spec.ffn_dim))
 
 
 def _held_by_cache(model: Model, tokens: int) -> int:

@@ -8,7 +8,9 @@ import torch
 
 from wan_core import add_vace, generate, load_clip_vision, load_experts, load_model, load_text_encoder, load_vae, nano
 from wan_core.training.evaluate import evaluate, evaluate_inpainting, evaluate_pictures
+from wan_core.training.nano_tiny import agreement_psnr
 from wan_core.training.nano_vae import reconstruction_psnr
+from wan_core.training.shapes import held_out_scenes, render
 from wan_core.weights import TARGETS
 
 PROMPTS = 16
@@ -18,6 +20,15 @@ PROMPTS = 16
 def test_the_vaes_keep_whole_clips(path):
     """Promise: 27 dB or more on whole clips outside the training stream."""
     assert reconstruction_psnr(load_vae(path).module(), 4) >= 27
+
+
+def test_previews_look_like_the_video():
+    """Promise: the tiny VAE decodes the nano VAE's latents to its pixels with 23 dB or more, and makes such latents."""
+    tiny, vae = load_vae(nano.TINY_VAE), load_vae()
+    assert tiny.fits(vae.spec) and agreement_psnr(tiny.module(), vae.module(), 4) >= 23
+    video = render(held_out_scenes(1))
+    decoded = vae.decode(tiny.encode(video))
+    assert 10 * math.log10(4 / (decoded - video).square().mean().item()) >= 18
 
 
 @pytest.mark.parametrize("load", [load_model, load_experts], ids=["single", "experts"])

@@ -82,12 +82,12 @@ class CacheEvaluation(Evaluation):
     psnr_db: float | None
 
 
-def evaluate_caches(model: Model, vae: VideoVAE, text_encoder: TextEncoder, *, steps: int = 30,
-                    prompts: int = 256) -> Iterator[tuple[str, CacheEvaluation]]:
+def evaluate_caches(model: Model, vae: VideoVAE, text_encoder: TextEncoder, *, steps: int = 30, prompts: int = 256,
+                    qualities: Sequence[str] = QUALITIES) -> Iterator[tuple[str, CacheEvaluation]]:
     """Scores of a text-to-video model without a step cache and with each, in every quality, one after the other."""
     preset = model.preset.name
     choices = {"none": None}
-    for quality in QUALITIES:
+    for quality in qualities:
         choices |= {f"TeaCache, {quality}": TeaCache.for_preset(preset, quality),
                     f"MagCache, {quality}": MagCache.for_preset(preset, quality),
                     f"EasyCache, {quality}": EasyCache.of_quality(quality)}
