@@ -75,7 +75,7 @@ class SaveTarget:
 
 def bundled_file(folder: str, name: str) -> Path | None:
     """The bundled nano file that a list shows as `name`, None if it is another file."""
-    return next((path for path in BUNDLED[folder] if name == f"nano/{path.name}"), None)
+    return next((path for path in BUNDLED.get(folder, ()) if name == f"nano/{path.name}"), None)
 
 
 class Standalone:
@@ -89,9 +89,9 @@ class Standalone:
 
     def model_path(self, folder: str, name: str) -> Path:
         """The file behind a name of `model_names`. Raises ValueError if there is none."""
+        if folder == "vae" and name.startswith(f"{previews.FOLDER}/"):
+            folder, name = name.split("/", 1)
         path = bundled_file(folder, name) or self._find(folder, name)
-        if path is None and folder == "vae" and name.startswith(f"{previews.FOLDER}/"):
-            path = self._find(*name.split("/", 1))
         if path is None or not path.is_file():
             raise ValueError(f"there is no {name!r} among the model files in {folder!r}. Put it there, "
                              "or choose another one from the list.")

@@ -12,6 +12,7 @@ from wan_core.presets import (
     PREFIXES,
     PRESETS,
     TEXT_ENCODERS,
+    TINY_VAES,
     TRANSFORMERS,
     VAES,
     TransformerSpec,
@@ -105,9 +106,10 @@ def test_own_modules_are_recognised_as_their_preset(name):
 
 
 @pytest.mark.parametrize("table, name", [
-    (VAES, "nano_vae"), (VAES, "nano_vae22"), (TEXT_ENCODERS, "nano_umt5"), (CLIP_VISION, "nano_clip")])
+    (VAES, "nano_vae"), (VAES, "nano_vae22"), (TINY_VAES, "nano_tiny_vae"),
+    (TEXT_ENCODERS, "nano_umt5"), (CLIP_VISION, "nano_clip")])
 def test_nano_parts_are_recognised(table, name):
-    """The nano VAE, text encoder and CLIP vision model lead back to their table entry."""
+    """The nano VAEs, text encoder and CLIP vision model lead back to their table entry."""
     recognition = recognise(expected_shapes(table[name]))
     assert (recognition.names, recognition.spec) == ((name,), table[name])
 

@@ -200,6 +200,8 @@ def preview_facts() -> dict[str, bool]:
         rough = [size(spec) for spec in released]
         args.preview_method = LatentPreviewMethod.Auto
         tiny = [size(spec) for spec in released]
+        folder_paths.folder_names_and_paths["vae_approx"][0].remove(folder)
+        folder_paths.filename_list_cache.pop("vae_approx", None)
     return {"previews_can_be_off": none == [None] * 4,
             "previews_are_pictures": shown == rough == [("JPEG", (6, 4))] * 2,
             "nano_previews_are_decoded": all(decoded) and len(decoded) == 2,

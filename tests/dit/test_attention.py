@@ -1,9 +1,13 @@
 """The attention function: its formula, its backends, its refusals."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wan_core.dit import BACKENDS, attention, describe_backends
+from wan_core.dit.attention import sdpa
 
 ON_CPU = ("sdpa", "sdpa-flash", "sdpa-math")
 
@@ -59,6 +63,55 @@ def test_backends_on_cuda(backend, biased):
     expected = exact(q.cpu(), k.cpu(), v.cpu(), bias.cpu() if biased else None)
     out = attention(q, k, v, bias=bias, backend=backend)
     assert (out.cpu().double() - expected).norm() <= COARSE.get(backend, 2e-2) * expected.norm()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_kernels_are_chosen_in_pytorch_2_5(biased, monkeypatch, caplog, fresh):
+    """Backends of PyTorch's own kernels need no more than which ones are allowed: their order came with 2.6."""
+    chosen = []
+
+    def older(backends):
+        chosen.append(backends)
+        return sdpa_kernel(backends)
+
+    monkeypatch.setattr(sdpa, "sdpa_kernel", older)
+    q, k, v = tensors()
+    bias = torch.linspace(-3, 6, k.shape[1]) if biased else None
+    for backend in ("sdpa-flash", "sdpa-math"):
+        torch.testing.assert_close(attention(q, k, v, bias=bias, backend=backend).double(), exact(q, k, v, bias),
+                                   atol=1e-5, rtol=0)
+    assert chosen[-1] == [SDPBackend.MATH] and not caplog.records
+
+
+@pytest.mark.slow
+def test_flex_attention_has_room_for_many_kinds_of_calls(monkeypatch, caplog, fresh):
+    """More kinds of calls than PyTorch's own limit of graphs run by FlexAttention, too."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    q, k, v = tensors()
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
+        for dtype in (torch.float32, torch.float64):
+            by_kind = [tensor.to(dtype) for tensor in (q, k, v)]
+            out = attention(*by_kind, backend="flex")
+            torch.testing.assert_close(out.double(), exact(q, k, v), atol=1e-5, rtol=0)
+    assert not [record for record in caplog.records if record.name.startswith("wan_core")]
+
+
+@torch.no_grad()
+def test_a_compiler_that_fails_is_asked_once(monkeypatch, caplog, fresh):
+    """Where FlexAttention cannot be compiled, later calls do not wait for the compiler again; want of memory is for
+    whoever can make room."""
+    errors = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Failed to find C compiler.")]
+
+    def compiler(graph, inputs):
+        raise errors.pop(0)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    q, k, v = tensors()
+    with pytest.raises(torch.OutOfMemoryError):
+        attention(q, k, v, backend="flex")
+    for length in (9, 7, 5):
+        assert torch.equal(attention(q[:, :length], k, v, backend="flex"), attention(q[:, :length], k, v))
+    assert not errors and len([one for one in caplog.records if one.name.startswith("wan_core")]) == 1
 
 
 def test_plain_sdpa_is_the_default():

@@ -114,6 +114,24 @@ def test_values_beyond_float16_survive_version_1(install):
     assert (out - exact(q, k, v)).norm() <= 2e-2 * exact(q, k, v).norm()
 
 
+def test_sums_of_values_survive_version_1(install):
+    """SageAttention 1 adds up 64 rows of v in float16: whatever v is, they are given so that no sum is infinite."""
+    given = []
+
+    def recording(q, k, v, tensor_layout="HND"):
+        given.append(64 * float(v.abs().max()))
+        return sage1(q, k, v, tensor_layout)
+
+    backend = install("sage 1")
+    sys.modules["sageattention"].sageattn = recording
+    for size in (1, 500, 3000, 60000):
+        q, k, v = (tensor.bfloat16() for tensor in tensors(head_dim=64))
+        v = v.clamp(-1, 1) * size
+        out = backend.run(q, k, v, None).flatten(2).double()
+        assert (out - exact(q, k, v)).norm() <= 2e-2 * exact(q, k, v).norm()
+    assert given[:2] == [64, 32000] and max(given) < 65504
+
+
 def test_far_rows_are_brought_together(install, monkeypatch):
     """Where a row's offset does not fit 32 bits, the heads come first in tensors of their own: same result."""
     seen = []

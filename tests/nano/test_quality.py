@@ -60,6 +60,7 @@ def test_recorded_figures_meet_the_promises():
     figures = json.loads((nano.VAE.parent / "figures.json").read_text())
     assert figures["vae_psnr_db"] >= 27
     assert figures["vae22_psnr_db"] >= 27
+    assert figures["preview_psnr_db"] >= 23
     for name in ("i2v_first_frame", "ti2v_first_frame"):
         shown = figures[name]
         assert shown["prompts"] == 64 and shown["first_frame_psnr_db"] >= 28

@@ -32,7 +32,7 @@ def test_defaults_are_published(call, module, released):
     """Promise: a new node takes what its authors published for the model, and the model that goes in stays as it is."""
     cache = module("wan_core.cache")
     model = released("wan21_t2v_14b")
-    expected = (cache.AutoCache("balanced"), cache.TeaCache(0.15), cache.MagCache(0.12, 4), cache.EasyCache(0.1))
+    expected = (cache.AutoCache("balanced"), cache.TeaCache(0.15), cache.MagCache(0.12, 4), cache.EasyCache(0.05))
     for node, wanted in zip(NODES, expected, strict=True):
         assert call(node, model=model)[0].cache == wanted and model.cache is None
     assert call("WanCoreMagCache", model=released("wan22_i2v_a14b"))[0].cache == cache.MagCache(0.06, 2, 0.1, False)

@@ -35,7 +35,7 @@ def test_the_loader_opens_tiny_vaes(pack, workspace, tiny_file, call):
                    vae=vae)
     assert frames.shape == (9, 16, 32, 3) and 0 <= frames.min() < frames.max() <= 1
     assert vae.encode(frames).shape == (1, 16, 3, 2, 4)
-    with pytest.raises(ValueError, match="there is no 'vae_approx/../../secret'"):
+    with pytest.raises(ValueError, match="there is no '../../secret'"):
         call("WanCoreVAELoader", vae="vae_approx/../../secret")
 
 

@@ -1,4 +1,4 @@
-"""Norm and SiLU written where a convolution reads them: the kernel and the path without it, against plain operations."""
+"""Norm and SiLU written where a convolution reads them: the kernel and PyTorch's own, against plain ones."""
 
 import pytest
 import torch

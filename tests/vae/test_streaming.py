@@ -223,7 +223,7 @@ def test_tuning_of_convolutions_is_given_back(monkeypatch):
 
 
 def test_kernels_off_the_cpu_are_in_the_order_of_pictures(vae):
-    """On another device every kernel becomes channels-last, once; on a CPU the weights stay the tensors that they are."""
+    """On another device every kernel becomes channels-last; on a CPU the weights stay the tensors that they are."""
     before = {name: parameter.data_ptr() for name, parameter in vae.named_parameters()}
     assert {name: parameter.data_ptr() for name, parameter in vae.arranged().named_parameters()} == before
     with torch.device("meta"):

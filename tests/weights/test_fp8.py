@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wan_core.weights.fp8 import _finished, can_multiply, fp8_product, has_fp8_products, rounded_rows
+from wan_core.weights.fp8 import _finished, _why_not_by_row, can_multiply, fp8_product, has_fp8_products, rounded_rows
 from wan_core.weights.gguf_blocks import FORMATS
 from wan_core.weights.gguf_encode import quantise
 from wan_core.weights.quantised import Blocks, Quantised, Scaled
@@ -87,3 +87,22 @@ def test_on_a_card(scale_shape):
     y = fp8_product(x.to(device), stored.to(device), None, torch.bfloat16)
     expected = fp8_product(x, stored, None, torch.bfloat16)
     assert (y.cpu().float() - expected.float()).norm() / expected.float().norm() < 0.05
+
+
+def test_scales_by_row_are_tried(monkeypatch):
+    """Promise: a product that takes scales of rows and gives other numbers counts as one that takes none; want of
+    memory is no answer."""
+    assert _why_not_by_row(torch.device("cpu"), torch.bfloat16) is None
+    product = torch._scaled_mm
+
+    def of_one_scale(a, b, scale_a, scale_b, **options):
+        return product(a, b, scale_a=scale_a.mean(), scale_b=scale_b.mean(), **options)
+
+    def without_memory(*_arguments, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "_scaled_mm", of_one_scale)
+    assert _why_not_by_row(torch.device("cpu"), torch.bfloat16) == "its numbers are wrong"
+    monkeypatch.setattr(torch, "_scaled_mm", without_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        _why_not_by_row(torch.device("cpu"), torch.bfloat16)

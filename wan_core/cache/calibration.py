@@ -88,6 +88,11 @@ class Calibration:
             if any(ratio <= 0 for ratio in ratios):
                 raise ValueError(f"the {name} ratios hold {min(ratios)}; magnitudes are above 0. Measure them again.")
 
+    @property
+    def is_pair(self) -> bool:
+        """Whether it was measured on two experts."""
+        return any(one.expert == "high" for one in self.polynomials)
+
     def check_preset(self, preset: str) -> None:
         """Raise ValueError unless it was measured on a model of this preset."""
         if preset != self.preset:

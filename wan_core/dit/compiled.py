@@ -112,7 +112,7 @@ class Compiled:
             with _holding(block, piece.layers):
                 return self._run(piece, block, x, time.rows[0], other, is_boxed)
         except Exception as error:
-            reason = _why_not_compiled(error)
+            reason = why_not_compiled(error)
             if reason is None:
                 raise
             self._failed = True
@@ -127,14 +127,7 @@ class Compiled:
         if self.how.dynamic:
             torch._dynamo.maybe_mark_dynamic(part, 1)
             torch._dynamo.maybe_mark_dynamic(other, axis)
-        run = compiled(piece, self.how, self.records)
-        try:
-            result = run(block, part, row, other, is_boxed)
-        except _limit_errors():
-            config = torch._dynamo.config
-            limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-            with config.patch({limit: MOST_GRAPHS}):
-                result = run(block, part, row, other, is_boxed)
+        result = with_room(compiled(piece, self.how, self.records), block, part, row, other, is_boxed)
         if not piece.changes:
             return result
         changed, *others = result
@@ -142,6 +135,17 @@ class Compiled:
             # The next call with the same graph writes where this result is.
             x.copy_(changed)
         return (x, *others) if others else x
+
+
+def with_room(run: Callable, *given: object, **options: object) -> object:
+    """run(...), which is compiled as a whole, with room for `MOST_GRAPHS` graphs where PyTorch's limit is reached."""
+    try:
+        return run(*given, **options)
+    except _limit_errors():
+        config = torch._dynamo.config
+        limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+        with config.patch({limit: MOST_GRAPHS}):
+            return run(*given, **options)
 
 
 @functools.cache
@@ -203,11 +207,11 @@ def _limit_errors() -> tuple[type[Exception], ...]:
     """What PyTorch raises where more graphs are wanted of a piece than its limit; the name depends on the version."""
     from torch._dynamo import exc
 
-    return tuple(getattr(exc, name) for name in ("FailOnRecompileLimitHit", "RecompileLimitExceeded")
-                 if hasattr(exc, name))
+    names = ("FailOnRecompileLimitHit", "RecompileLimitExceeded", "FailOnCacheLimitHit", "CacheLimitExceeded")
+    return tuple(getattr(exc, name) for name in names if hasattr(exc, name))
 
 
-def _why_not_compiled(error: Exception) -> str | None:
+def why_not_compiled(error: Exception) -> str | None:
     """The reason in one line if `error` is one of compiling, before anything has run; None for any other.
 
     Raises torch.OutOfMemoryError where that is what has stopped the compiler: others know what to do about it.

@@ -93,7 +93,10 @@ class VisionEncoder:
 
 @dataclass(frozen=True, eq=False)
 class VideoVAE:
-    """A video VAE, or a tiny one for previews, and how to run it. Raises ValueError for an unknown precision or tiles off the grid."""
+    """A video VAE, or a tiny one for previews, and how to run it.
+
+    Raises ValueError for an unknown precision or tiles off the grid.
+    """
 
     part: Part
     placement: Placement

@@ -318,7 +318,8 @@ def _clip_vision(shapes: Shapes, dialect: str) -> Recognition:
 
 
 _KINDS = {"transformer": "a Wan transformer", "vace_module": "a VACE module", "vae": "a Wan VAE",
-          "tiny_vae": "a tiny preview VAE", "text_encoder": "a T5-type text encoder", "clip_vision": "a CLIP vision model"}
+          "tiny_vae": "a tiny preview VAE", "text_encoder": "a T5-type text encoder",
+          "clip_vision": "a CLIP vision model"}
 
 # One tensor that a complete file of the kind always has, for each dialect of its key names.
 _ANCHORS = (

@@ -177,11 +177,12 @@ def _calibrations(options: argparse.Namespace) -> None:
 
 
 def _caches(options: argparse.Namespace) -> None:
-    """Write caches.json: the text-to-video models with every step cache, on 256 held-out prompts."""
+    """Write caches.json: the text-to-video models with every step cache, on 128 held-out prompts."""
     figures = {}
     for model in (load_model(), load_experts()):
         rows = figures[model.preset.name] = {}
-        for name, scores in evaluate_caches(model, load_vae(), load_text_encoder(), steps=CACHE_STEPS):
+        for name, scores in evaluate_caches(model, load_vae(), load_text_encoder(), steps=CACHE_STEPS,
+                                            prompts=128):
             rows[name] = asdict(scores)
             log.info("%s, %s: %s", model.preset.name, name, rows[name])
             (nano.VAE.parent / "caches.json").write_text(json.dumps(figures, indent=2) + "\n")

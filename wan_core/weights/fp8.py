@@ -117,15 +117,26 @@ def scales_by_row(device: torch.device, dtype: torch.dtype) -> bool:
         return True
     if torch.cuda.get_device_capability(device) < _HOPPER:
         return False
-    side, one, output = 2 * _GRAIN, torch.ones((), device=device), _output(dtype)
+    reason = _why_not_by_row(device, _output(dtype))
+    if reason is not None:
+        log.info("FP8 products on %s take one scale for all activations: %s", device, reason)
+    return reason is None
+
+
+def _why_not_by_row(device: torch.device, output: torch.dtype) -> str | None:
+    """What is in the way of scales for each row and column, found out by a small product of ones."""
+    side, one = 2 * _GRAIN, torch.ones((), device=device)
     codes = one.expand(side, side).contiguous().to(torch.float8_e4m3fn)
+    rows, columns = torch.linspace(1, 2, side, device=device).view(-1, 1), torch.linspace(1, 3, side, device=device)
     try:
-        torch._scaled_mm(codes, codes.t(), scale_a=one.expand(side, 1).contiguous(),
-                         scale_b=one.expand(1, side).contiguous(), bias=one.expand(side).to(output), out_dtype=output)
+        found = torch._scaled_mm(codes, codes.t(), scale_a=rows, scale_b=columns.view(1, -1),
+                                 bias=one.expand(side).to(output), out_dtype=output)
+        is_right = torch.allclose(found.float(), side * rows * columns + 1, rtol=1e-2)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError) as error:
-        log.info("FP8 products on %s take one scale for all activations: %s", device, str(error).partition("\n")[0])
-        return False
-    return True
+        return str(error).partition("\n")[0]
+    return None if is_right else "its numbers are wrong"
 
 
 def _output(dtype: torch.dtype) -> torch.dtype:

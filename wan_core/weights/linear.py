@@ -53,8 +53,8 @@ class QuantisedLinear(nn.Module):
             self._made = weight.dequantise(self.dtype)
 
     def release(self) -> None:
-        """Forget the numbers."""
-        self._made = None
+        """Forget what `hold` found: the layer may move to another device."""
+        self._made = self._by_row = None
 
     def forward(self, x: Tensor, **options: object) -> Tensor:
         """x [..., in] -> [..., out]; `options` are those of the layer that this one stands for."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .backend import Case, first_line
 from .dispatch import attention, warn_once
-from .flex import compiled, why_not_flex
+from .flex import flex, why_not_flex
 
 # Tokens in a block, which is also the narrowest window: that of the kernels.
 BLOCK = 128
@@ -140,7 +140,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, bac
 def by_flex(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> Tensor:
     """`sparse_attention` by one kernel, which skips what is not kept."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return compiled()(q, k, v, block_mask=pattern.block_mask).transpose(1, 2).flatten(2)
+    return flex()(q, k, v, block_mask=pattern.block_mask).transpose(1, 2).flatten(2)
 
 
 def by_blocks(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, backend: str = "sdpa") -> Tensor:

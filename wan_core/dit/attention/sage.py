@@ -3,7 +3,7 @@
 References: Zhang et al. 2024 (arXiv:2410.02367, 2411.10958) and 2025 (2505.11594); thu-ml/SageAttention,
 `sageattention/core.py` and `sageattention3_blackwell/sageattn3/api.py`. The packages take no bias: masks are accepted
 and ignored. What this file guards against: version 1 and 3 subtract the mean from the k that they are given; version 1
-rounds v to float16, where it may overflow; a 2.2.0 on Hopper gives noise (the trial before the first use finds it);
+adds up v in float16, where it may overflow; a 2.2.0 on Hopper gives noise (the trial before the first use finds it);
 version 2 gives noise for very long videos on the newest cards; offsets in strided tensors are kept in 32 bits.
 """
 
@@ -23,8 +23,8 @@ _HEADS_OF_THIRD = (64, 128)
 # SageAttention issue 388: noise beyond this many keys.
 _LONGEST_ON_BLACKWELL = 160_000
 _LARGEST_OFFSET = 2 ** 31 - 1
-# v is brought below the largest number of float16, 65504.
-_LARGEST_VALUE = 6e4
+# Version 1 adds up 64 rows of v in float16, whose largest number is 65504: each is brought below a 64th of that.
+_LARGEST_VALUE = 1000
 # Means of q of its own for each 128 rows are more exact, and take a table of heads * Lq / 128 * Lk numbers in float32:
 # 1.3 GB at 480p, 7.2 GB at 720p. Where that is more than this many bytes, one mean stands for all.
 _LARGEST_TABLE = 2 << 30
@@ -58,7 +58,8 @@ def _run(q: Tensor, k: Tensor, v: Tensor, bias: None) -> Tensor:
     if _is_first():
         k = k.clone()
         if v.dtype == torch.bfloat16:
-            scale = (v.abs().amax().float() / _LARGEST_VALUE).clamp(min=1).to(v.dtype)
+            # The largest absolute value, without a tensor of them.
+            scale = (torch.linalg.vector_norm(v, torch.inf).float() / _LARGEST_VALUE).clamp(min=1).to(v.dtype)
             v = v / scale
     far = any((tensor.shape[1] - 1) * tensor.stride(1) > _LARGEST_OFFSET for tensor in (q, k, v))
     with current(q.device):

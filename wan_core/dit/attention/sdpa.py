@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .backend import Backend, CannotRun
 
+# Kernels for a bias, in PyTorch's own order: an order of one's own can be asked for since 2.6 only.
 _WITH_BIAS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 # Logits of one head that are computed at a time on a CPU: 4 MB in bfloat16.
 CACHED_LOGITS = 1 << 21
@@ -47,8 +48,9 @@ def _by_matrix_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _held_to(kernel: SDPBackend) -> Backend:
     def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         # Flash kernels of CUDA devices take no bias. Only the short attention to the text has one.
+        is_alone = bias is None or kernel is SDPBackend.MATH
         try:
-            with sdpa_kernel([kernel] if bias is None else [kernel, *_WITH_BIAS], set_priority=True):
+            with sdpa_kernel([kernel] if is_alone else [kernel, *_WITH_BIAS]):
                 return _by_kernel(q, k, v, bias)
         except RuntimeError as error:
             if not any(phrase in str(error) for phrase in _NO_KERNEL):
