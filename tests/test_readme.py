@@ -46,3 +46,19 @@ def test_the_table_of_formats_is_what_was_measured():
         expected.append(f"| {title} | {scores['megabytes']:.2f} MB | {scores['colour']} | {scores['direction']} | "
                         f"{scores['shape']} | {psnr} |")
     assert rows == expected
+
+
+def test_the_table_of_caches_is_what_was_measured():
+    """Promise: every row of the table stands in the recorded figures, and every recorded figure in the table."""
+    figures = json.loads((ROOT / "wan_core" / "nano" / "caches.json").read_text())
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if re.match(r"\| (none|(Tea|Mag|Easy)Cache, \w+) \|", line)]
+    expected = []
+    for name in figures["nano_t2v"]:
+        cells = []
+        for model in ("nano_t2v", "nano_t2v_a"):
+            row = figures[model][name]
+            psnr = "–" if row["psnr_db"] is None else f"{row['psnr_db']} dB"
+            cells.append(f"{row['reused']} % | {row['colour']} / {row['direction']} / {row['shape']} | {psnr}")
+        expected.append(f"| {name} | {' | '.join(cells)} |")
+    assert rows == expected

@@ -23,6 +23,7 @@ from wan_core.conditioning import TextCondition
 from wan_core.dit import ModelInputs
 from wan_core.forecast import needs
 from wan_core.memory import Plan
+from wan_core.presets import PRESETS
 from wan_core.sampling import make_schedule
 
 STEPS = 8
@@ -188,15 +189,19 @@ def test_a_prompt_that_comes_in_later_is_computed(folder):
 
 
 def test_auto_takes_none_for_few_steps_and_a_cache_for_many(folder, caplog):
-    """Promise: a run of 4 steps computes them all; one of 30 reuses some, and the log says which cache it is."""
+    """Promise: a run of 4 steps computes them all; one of 30 takes what is published for the model, and the log says
+    what that is."""
     model = replace(tiny_model(folder, "single"), cache=AutoCache("fast"))
     told = []
     with caplog.at_level("INFO", "wan_core"):
         tiny_run(model, 4, on_step=lambda step: told.append(step.reused))
     assert not any(told) and "too few" in caplog.text
-    with caplog.at_level("INFO", "wan_core"):
-        tiny_run(model, 30, on_step=lambda step: told.append(step.reused))
-    assert any(told) and "EasyCache" in caplog.text
+    for preset, name in (("nano_t2v", "EasyCache"), ("wan21_t2v_1_3b", "TeaCache"), ("wan21_vace_1_3b", "MagCache")):
+        caplog.clear()
+        with caplog.at_level("INFO", "wan_core"):
+            tiny_run(replace(model, preset=PRESETS[preset]), 30, on_step=lambda step: told.append(step.reused))
+        assert name in caplog.text
+    assert any(told)
 
 
 def test_what_is_kept_is_foreseen(folder):
