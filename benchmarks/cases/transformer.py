@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.cases.bench import PROMPT_TOKENS, Bench, Clip, computed_in, name_of
-from benchmarks.kernels import without_kernels
+from benchmarks.fused_kernels import without_kernels
 from benchmarks.limits import token_count, transformer_work
 from benchmarks.shared import synchronise
 from wan_core.dit import Compile, ModelInputs, fused

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .plan import RunSteps, check_range, described, of_quality
 
-# For "quality", "balanced" and "fast": the middle is the authors' default, the last what they name as about twice as fast;
-# the first is ours.
+# For "quality", "balanced" and "fast": the middle is the authors' default, the last what they name as about twice as
+# fast; the first is ours.
 _THRESHOLDS = (0.03, 0.05, 0.1)
 
 # State that is kept under its own name, see `EasyState.state_dict`.

@@ -25,8 +25,8 @@ _WAN21 = ((0.12, 2), (0.12, 4), (0.24, 6))
 # The README's is the middle; for 2.2 the first is the command line's default. The others are more and less of the same.
 _VACE = ((0.01, 2), (0.02, 3), (0.04, 4))
 _WAN22 = ((0.04, 2), (0.06, 2), (0.12, 4))
-# With ratios of one's own: what the nano models keep their scores at. Of an expert pair the high-noise expert is computed
-# throughout and the low-noise one after a tenth of its steps, as the authors have it for I2V A14B.
+# With ratios of one's own: what the nano models keep their scores at. Of an expert pair the high-noise expert is
+# computed throughout and the low-noise one after a tenth of its steps, as the authors have it for I2V A14B.
 _MEASURED = ((0.03, 2), (0.06, 3), (0.12, 4))
 _MEASURED_PAIR = ((0.06, 3), (0.12, 4), (0.24, 6))
 

@@ -1,8 +1,8 @@
 """What a block's work on single tokens costs: PyTorch's operations against the kernels of one pass.
 
-    python benchmarks/kernels.py                   # on the GPU if there is one, 75,600 tokens of a 14B model (720p)
-    python benchmarks/kernels.py --tokens 32760    # 480p
-    python benchmarks/kernels.py --compile         # torch.compile of PyTorch's operations, too
+    python benchmarks/fused_kernels.py                  # on the GPU if there is one, 75,600 tokens (14B at 720p)
+    python benchmarks/fused_kernels.py --tokens 32760   # 480p
+    python benchmarks/fused_kernels.py --compile        # torch.compile of PyTorch's operations, too
 
 Least traffic is what has to be read and written at least; "of copy" is that traffic over the kernel's time, in percent
 of the rate at which the same device copies 0.5 GB. GELU is timed together with the product that it stands behind, where
