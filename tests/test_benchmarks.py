@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -40,7 +41,9 @@ def test_every_case_runs_and_reports_what_it_promises(tmp_path, case):
     compared = [one for one in found if "seconds" in one]
     if case in BESIDE:
         line = next(one for one in compared if one["case"].startswith(BESIDE[case]))
-        assert {"ours", "diffusers"} <= line["seconds"].keys()
+        # diffusers reads files with accelerate, which need not be there.
+        peers = {"diffusers"} if case != "load" or find_spec("accelerate") else set()
+        assert {"ours", *peers} <= line["seconds"].keys()
         assert line["limit"] > 0 and line["ratios"]["ours/limit"] == pytest.approx(
             line["seconds"]["ours"] / line["limit"])
     elif case == "caches":

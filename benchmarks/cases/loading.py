@@ -41,7 +41,9 @@ def load(bench: Bench) -> None:
 
 
 def diffusers_load(bench: Bench, folder: Path) -> Callable[[], object]:
-    """Writes the same transformer as diffusers does; the result reads it."""
+    """Writes the same transformer as diffusers does; the result reads it. Raises ImportError where accelerate, with
+    which diffusers reads it, is missing."""
+    import accelerate  # noqa: F401
     from diffusers import WanTransformer3DModel
 
     spec = bench.scale.loaded

@@ -26,7 +26,8 @@ def alive() -> int:
 
 
 @pytest.mark.skipif(not STATM.exists(), reason="the system does not say memory in Linux's way")
-@pytest.mark.parametrize("load", [load_model, load_experts], ids=["single", "experts"])
+@pytest.mark.parametrize("load", [load_model, pytest.param(load_experts, marks=pytest.mark.slow)],
+                         ids=["single", "experts"])
 def test_twenty_runs_do_not_grow(load):
     """Promise: from the fourth to the twentieth run, with blocks that come and go, memory grows by less than a frame
     buffer, and no tensor is left over."""

@@ -10,7 +10,7 @@ from wan_core.training.evaluate import evaluate_caches
 SCORES = ("colour", "direction", "shape")
 
 
-@pytest.mark.parametrize("load", [load_model, load_experts])
+@pytest.mark.parametrize("load", [load_model, pytest.param(load_experts, marks=pytest.mark.slow)])
 def test_balanced_caches_make_nearly_the_same_videos(load):
     """Promise: at 30 steps every balanced cache reuses 40 % of the passes or more, and the clips stay within 25 dB of
     those of the whole run."""

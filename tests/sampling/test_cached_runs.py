@@ -142,17 +142,6 @@ def test_a_cached_run_goes_on_where_it_was_stopped(folder, tmp_path, cache, kind
         assert not list(tmp_path.iterdir())
 
 
-class EveryNinth(EachOnce):
-    """No memory at every ninth place of every step in turn."""
-
-    def place(self):
-        try:
-            super().place()
-        except torch.OutOfMemoryError:
-            self.next += 8
-            raise
-
-
 def test_a_cached_run_in_which_allocations_fail(folder, cache):
     """Promise: whatever was kept and reused when memory ran out, repeating the step gives the same bits."""
     model, steps = cached(folder, "single", cache), 4
@@ -162,7 +151,7 @@ def test_a_cached_run_in_which_allocations_fail(folder, cache):
         return begin_cache(replace(model.cache, **({"warm_up": 0.0} if cache == "EasyCache" else {})),
                            RunSteps(model.preset.name, sigmas, ("low",) * steps, (BOTH,) * steps))[0]
 
-    reused, faults = [], EveryNinth()
+    reused, faults = [], EachOnce(stride=9)
     expected = tiny_denoise(model, steps, cache=begun(), on_step=lambda step: reused.append(step.reused))
     assert any(reused)
     result = tiny_denoise(Patient(model, faults), steps, cache=begun(), on_step=faults.begin, within=faults)
