@@ -1,11 +1,15 @@
-"""Fixtures for tests of whole models."""
+"""Fixtures for tests of whole models, and one thread for each of the processes that the tests run in."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.small_models import write_text_encoder, write_transformer, write_vae
+# Before PyTorch is imported: threads of processes that share cores wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.small_models import write_text_encoder, write_transformer, write_vae  # noqa: E402
 
 
 @dataclass(frozen=True)
