@@ -120,9 +120,8 @@ class WanCoreTeaCache:
 
     def add(self, model: Model, quality: str, threshold: float, retention: str, start_sigma: float, end_sigma: float,
             calibration: str) -> tuple[Model]:
-        measured = _measured(calibration, model)
         cache = TeaCache.for_preset(model.preset.name, _known(quality), None if retention == AUTO else retention == YES,
-                                    measured)
+                                    _measured(calibration))
         if quality == CUSTOM:
             cache = replace(cache, threshold=threshold)
         return (_with(model, cache, start_sigma, end_sigma),)
@@ -164,7 +163,7 @@ class WanCoreMagCache:
 
     def add(self, model: Model, quality: str, threshold: float, longest: int, retention: float, start_sigma: float,
             end_sigma: float, calibration: str) -> tuple[Model]:
-        cache = MagCache.for_preset(model.preset.name, _known(quality), _measured(calibration, model))
+        cache = MagCache.for_preset(model.preset.name, _known(quality), _measured(calibration))
         if quality == CUSTOM:
             cache = replace(cache, threshold=threshold, longest=longest, retention=retention)
         return (_with(model, cache, start_sigma, end_sigma),)
@@ -216,13 +215,9 @@ def _calibrations() -> tuple:
     return [PUBLISHED, *found], {"default": PUBLISHED, "tooltip": _CALIBRATION_TIP}
 
 
-def _measured(calibration: str, model: Model) -> Calibration | None:
-    """The calibration in a file of the list, None for published numbers. Raises ValueError if it is another model's."""
-    if calibration == PUBLISHED:
-        return None
-    measured = read_calibration(_file(calibration))
-    measured.check_preset(model.preset.name)
-    return measured
+def _measured(calibration: str) -> Calibration | None:
+    """The calibration in a file of the list, None for published numbers."""
+    return None if calibration == PUBLISHED else read_calibration(_file(calibration))
 
 
 def _file(calibration: str) -> Path:

@@ -34,6 +34,7 @@ from .sampling import (
     NotFinite,
     Schedule,
     Step,
+    StepGuidance,
     denoise,
     last_part,
     make_schedule,
@@ -174,8 +175,8 @@ def _sampled(model: Model, latents: Tensor, schedule: Schedule, conditions: Cond
 
 def _cache_of(model: Model, schedule: Schedule, guidance: Guidance, has_known_frames: bool) -> CacheRun | None:
     """The state of the model's step cache before a run."""
-    experts, sigmas = tuple(map(model.name_at, schedule.timesteps.tolist())), tuple(schedule.sigmas[:-1].tolist())
-    branches = tuple(step.cached for step in plan_guidance(guidance, model.guidance, sigmas, experts))
+    sigmas, experts, steps = _guided_steps(model, schedule, guidance)
+    branches = tuple(step.cached for step in steps)
     cache, told = begin_cache(model.cache, RunSteps(model.preset.name, sigmas, experts, branches, has_known_frames))
     if told:
         log.info("%s: %s", model.preset.title, told)
@@ -236,12 +237,18 @@ def _completed(model: Model, conditions: Conditions, shape: tuple[int, ...]) -> 
 
 def check_coverage(model: Model, schedule: Schedule, conditions: Conditions, guidance: Guidance) -> None:
     """Raise ValueError unless at every step a prompt is active, and a negative one where guidance asks for it."""
-    experts = [model.name_at(timestep) for timestep in schedule.timesteps.tolist()]
-    sigmas = schedule.sigmas[:-1].tolist()
-    for sigma, step in zip(sigmas, plan_guidance(guidance, model.guidance, sigmas, experts)):
+    sigmas, _, steps = _guided_steps(model, schedule, guidance)
+    for sigma, step in zip(sigmas, steps):
         active(conditions.positive, sigma)
         if conditions.negative and step.needs_negative:
             active(conditions.negative, sigma)
+
+
+def _guided_steps(model: Model, schedule: Schedule, guidance: Guidance
+                  ) -> tuple[tuple[float, ...], tuple[str, ...], tuple[StepGuidance, ...]]:
+    """The noise levels that a run's steps begin at, their experts, and what guides them."""
+    sigmas, experts = tuple(schedule.sigmas[:-1].tolist()), tuple(map(model.name_at, schedule.timesteps.tolist()))
+    return sigmas, experts, plan_guidance(guidance, model.guidance, sigmas, experts)
 
 
 def generate(prompt: str, *, model: Model | None = None, vae: VideoVAE | None = None,

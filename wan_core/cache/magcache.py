@@ -101,6 +101,8 @@ class MagCache:
         published, measured = _PRESETS.get(preset), measured or bundled(preset)
         if published is None and measured is None:
             raise ValueError(_missing(preset))
+        if measured is not None:
+            measured.check_preset(preset)
         settings = published.settings if measured is None else _MEASURED_PAIR if measured.is_pair else _MEASURED
         threshold, longest = of_quality(settings, quality)
         if published is None:

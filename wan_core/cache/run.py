@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .auto import AutoCache, StepCache
+from .calibration import SIGNALS
 from .easycache import EasyCache, EasyState
 from .measuring import Measuring, MeasuringRun
 from .plan import PlannedCache, RunSteps
@@ -123,10 +124,9 @@ class PlannedRun:
     def begin(self, index: int, signals: Signals) -> None:
         expert = self._steps.experts[index]
         if expert not in self._plans:
-            own = [step for step, name in enumerate(self._steps.experts) if name == expert]
             embedded = None
             if self._cache.signal is not None:
-                embedded = signals(own)[("e", "e0").index(self._cache.signal)].unbind()
+                embedded = signals(self._steps.of_expert(expert))[SIGNALS.index(self._cache.signal)].unbind()
             self._plans[expert] = self._cache.plan(self._steps, expert, embedded)
         self._index, self.reused = index, ()
 

@@ -101,6 +101,7 @@ class TeaCache:
         """
         name, measured = _set_of(preset), measured or bundled(preset)
         if measured is not None:
+            measured.check_preset(preset)
             return cls(of_quality(_MEASURED_THRESHOLDS, quality), retention is not False, measured=measured)
         if name is None:
             raise ValueError(_missing(preset))

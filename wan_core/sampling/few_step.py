@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from ..presets import Sampling
-from .schedules import TRAIN_TIMESTEPS, Schedule, euler_schedule, schedule_from_sigmas, unipc_schedule
+from .schedules import (
+    TRAIN_TIMESTEPS,
+    Schedule,
+    check_shift,
+    euler_schedule,
+    schedule_from_sigmas,
+    shifted,
+    unipc_schedule,
+)
 
 Build = Callable[[int, float], Schedule]
 
@@ -62,8 +70,8 @@ def schedule_named(name: str, steps: int | None = None, shift: float | None = No
     if isinstance(steps, bool) or not isinstance(steps, int) or not named.least <= steps <= named.most:
         allowed = f"{named.least}" if named.least == named.most else f"{named.least} to {named.most}"
         raise ValueError(f"{name!r} is made for {allowed} steps, and {steps!r} were asked for")
-    if not named.fixed and not (math.isfinite(shift) and shift > 0):
-        raise ValueError(f"shift must be a number greater than 0, got {shift}; Wan's own values are 3 to 16")
+    if not named.fixed:
+        check_shift(shift)
     return named.build(steps, shift)
 
 
@@ -104,7 +112,7 @@ def _warped(*timesteps: int) -> Build:
     """A list of even levels, shifted, then 0."""
     def build(steps: int, shift: float) -> Schedule:
         even = torch.tensor([*timesteps[:steps], 0], dtype=torch.float64) / TRAIN_TIMESTEPS
-        return schedule_from_sigmas(shift * even / (1 + (shift - 1) * even))
+        return schedule_from_sigmas(shifted(even, shift))
 
     return build
 
@@ -138,7 +146,7 @@ def _beta(steps: int, shift: float) -> Schedule:
 def _trained(shift: float) -> Tensor:
     """The 1000 levels that ComfyUI chooses from, rising, in the order of its fp32 operations."""
     even = torch.arange(1, TRAIN_TIMESTEPS + 1) / TRAIN_TIMESTEPS * TRAIN_TIMESTEPS / TRAIN_TIMESTEPS
-    return even if shift == 1 else shift * even / (1 + (shift - 1) * even)
+    return shifted(even, shift)
 
 
 def _beta_quantiles(shares: np.ndarray, a: float) -> np.ndarray:

@@ -90,7 +90,7 @@ def euler_schedule(steps: int, shift: float) -> Schedule:
     """
     _check_request(steps, shift)
     even = torch.from_numpy(np.linspace(TRAIN_TIMESTEPS, 0, steps + 1, dtype=np.float32)) / TRAIN_TIMESTEPS
-    return schedule_from_sigmas(_shifted(even, shift))
+    return schedule_from_sigmas(shifted(even, shift))
 
 
 # The official code has no grid for other solvers than its own; these are made for sigma 1 and fractional timesteps.
@@ -161,7 +161,7 @@ def last_part(schedule: Schedule, denoise: float) -> Schedule:
 
 def _truncated_schedule(even: np.ndarray, shift: float) -> Schedule:
     """even: float64 [n] without the final 0. The timesteps are cut from the float64 sigmas, before they become fp32."""
-    sigmas = _shifted(even, shift)
+    sigmas = shifted(even, shift)
     timesteps = (sigmas * TRAIN_TIMESTEPS).astype(np.int64)
     return Schedule(
         torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32)),
@@ -169,7 +169,8 @@ def _truncated_schedule(even: np.ndarray, shift: float) -> Schedule:
     )
 
 
-def _shifted(sigmas, shift: float):
+def shifted(sigmas, shift: float):
+    """Even noise levels, a number, an array or a tensor, moved towards high noise."""
     # Operation by operation in the official order: a timestep next to a whole number would else be cut differently.
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
@@ -177,6 +178,11 @@ def _shifted(sigmas, shift: float):
 def _check_request(steps: int, shift: float):
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be a whole number from 1 to {MAX_STEPS}, got {steps!r}")
+    check_shift(shift)
+
+
+def check_shift(shift: float):
+    """Raise ValueError unless `shift` is a number above 0."""
     if not (math.isfinite(shift) and shift > 0):
         raise ValueError(f"shift must be a number greater than 0, got {shift}; Wan's own values are 3 to 16")
 

@@ -91,8 +91,6 @@ def cache_of(model: Model, options: argparse.Namespace) -> StepCache | None:
     if options.calibration is not None and options.cache not in ("teacache", "magcache"):
         raise ValueError("--calibration is for --cache teacache or magcache; the others need no numbers.")
     measured = None if options.calibration is None else read_calibration(options.calibration)
-    if measured is not None:
-        measured.check_preset(model.preset.name)
     preset, quality = model.preset.name, options.cache_quality
     choices = {"auto": lambda: AutoCache(quality), "easycache": lambda: EasyCache.of_quality(quality),
                "teacache": lambda: TeaCache.for_preset(preset, quality, measured=measured),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..cache import QUALITIES, EasyCache, MagCache, TeaCache
+from ..cache import QUALITIES, EasyCache, MagCache, Report, TeaCache
 from ..conditioning import TextCondition
 from ..models import Model, TextEncoder, VideoVAE, VisionEncoder
 from ..pipeline import generate, initial_noise, latent_shape, sample
@@ -93,17 +93,16 @@ def evaluate_caches(model: Model, vae: VideoVAE, text_encoder: TextEncoder, *, s
                     f"EasyCache, {quality}": EasyCache.of_quality(quality)}
     scenes, reference = held_out_scenes(prompts), None
     for name, cache in choices.items():
-        passes = []
+        passes = {}
 
-        def on_step(step: Step, passes: list[tuple[int, int]] = passes) -> None:
-            passes.append((len(step.branches), len(step.reused)))
+        def on_step(step: Step, passes: dict[int, tuple[Sequence[str], Sequence[str]]] = passes) -> None:
+            passes[len(passes)] = step.branches, step.reused
 
         clips = torch.stack(list(_clips(replace(model, cache=cache), vae, text_encoder, scenes, _guidance(model),
                                         steps, on_step)))
         scores, reference = _compared(clips, reference, scenes)
-        ran, reused = map(sum, zip(*passes))
-        yield name, CacheEvaluation(_guidance(model), prompts, *scores[:3], steps, round(100 * reused / ran, 1),
-                                    scores[3])
+        reused = round(100 * Report.of(passes).share, 1)
+        yield name, CacheEvaluation(_guidance(model), prompts, *scores[:3], steps, reused, scores[3])
 
 
 def _compared(clips: Tensor, reference: Tensor | None,

@@ -1,6 +1,7 @@
 """The attention function: the table of backends, the trial before the first use, and the way back to PyTorch's own."""
 
 import logging
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -91,16 +92,22 @@ def trial(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: 
 def _run_or_replace(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, name: str) -> Tensor:
     """[B, Lq, heads, head_dim] by backend `name`, or by PyTorch's own where that one cannot."""
     backend = BACKENDS[name]
-    reason = why_not(backend, Case.of(q, k))
+    found = run_or_warn(lambda: backend.run(q, k, v, bias), why_not(backend, Case.of(q, k)), f"Attention {name!r}",
+                        PLAIN)
+    return BACKENDS[PLAIN].run(q, k, v, bias) if found is None else found
+
+
+def run_or_warn(run: Callable[[], Tensor], reason: str | None, what: str, instead: str) -> Tensor | None:
+    """What `run` gives; None, with one warning for each reason, if there is a `reason` why it cannot or it fails."""
     if reason is None:
         try:
-            return backend.run(q, k, v, bias)
+            return run()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             reason = first_line(error)
-    warn_once(f"Attention {name!r}", reason, PLAIN)
-    return BACKENDS[PLAIN].run(q, k, v, bias)
+    warn_once(what, reason, instead)
+    return None
 
 
 @cache

@@ -15,8 +15,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from .backend import Case, first_line
-from .dispatch import attention, warn_once
+from .backend import Case
+from .dispatch import attention, run_or_warn
 from .flex import flex, why_not_flex
 
 # Tokens in a block, which is also the narrowest window: that of the kernels.
@@ -133,7 +133,10 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, bac
 
     By FlexAttention on a GPU, elsewhere by `by_blocks`; where the former cannot run, one warning says why.
     """
-    found = None if q.device.type == "cpu" else _try_flex(q, k, v, pattern)
+    found = None
+    if q.device.type != "cpu":
+        found = run_or_warn(lambda: by_flex(q, k, v, pattern), why_not_flex(Case.of(q, k)),
+                            "Radial attention by FlexAttention", "a slower way to compute the same")
     return by_blocks(q, k, v, pattern, backend) if found is None else found
 
 
@@ -150,17 +153,3 @@ def by_blocks(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, backend: s
         keys, values = (torch.cat([tensor[:, start:stop] for start, stop in runs], 1) for tensor in (k, v))
         parts.append(attention(queries, keys, values, backend=backend))
     return torch.cat(parts, 1)
-
-
-def _try_flex(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> Tensor | None:
-    """`by_flex`, or None where FlexAttention cannot run."""
-    reason = why_not_flex(Case.of(q, k))
-    if reason is None:
-        try:
-            return by_flex(q, k, v, pattern)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            reason = first_line(error)
-    warn_once("Radial attention by FlexAttention", reason, "a slower way to compute the same")
-    return None
